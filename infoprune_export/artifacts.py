@@ -1,0 +1,171 @@
+"""Artefact folders: written beside their place, renamed when whole, checked by hash when read.
+
+A folder of a run is finished exactly when it has a ``manifest.json``. The manifest says what made the folder (a key
+over recipe slice, library versions and upstream manifests) and the sha256 of every file in it. It holds no time and
+no path, so the same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from infoprune_export.errors import InfopruneError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+_LIBRARIES = ("infoprune-export", "torch", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy")
+
+
+def canonical_json(value: Any) -> str:
+    """Sorted keys, two spaces, trailing newline: equal values give equal bytes."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of the libraries whose results a run depends on."""
+    versions = {}
+    for name in _LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+def fingerprint(path: Path) -> dict[str, str]:
+    """sha256 of a file, or of every file below a folder, by relative name."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return {str(p.relative_to(path)) if path.is_dir() else p.name: sha256_file(p) for p in files}
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into one line for the user."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InfopruneError(f"{path}: the disk is full; free some space and run the same command again") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise InfopruneError(
+                f"{path}: not writable ({error.strerror}); choose another folder with --output"
+            ) from error
+        raise
+
+
+def make_folder(path: Path) -> None:
+    """``mkdir -p`` whose failure is the user's to mend: a file in the way, a read-only disk, a name too long."""
+    try:
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InfopruneError(
+            f"{path}: no folder can be made here ({error.strerror}); choose another with --output"
+        ) from error
+
+
+@contextlib.contextmanager
+def staged(folder: Path, *, keep: bool = False) -> Iterator[Path]:
+    """A hidden sibling of `folder` to write in; it takes `folder`'s name when the block ends without an error.
+
+    With ``keep`` the sibling survives an error or a kill and is handed out again next time, so that long work can
+    resume from what it left there; otherwise it starts empty and an error removes it.
+    """
+    staging = folder.with_name(f".{folder.name}.partial")
+    if not keep:
+        shutil.rmtree(staging, ignore_errors=True)
+    make_folder(staging)
+    try:
+        with writing(folder):
+            yield staging
+            if folder.exists():
+                # rename cannot replace a folder that has files in it
+                retired = folder.with_name(f".{folder.name}.retired")
+                shutil.rmtree(retired, ignore_errors=True)
+                folder.rename(retired)
+                staging.rename(folder)
+                shutil.rmtree(retired)
+            else:
+                staging.rename(folder)
+    except BaseException:
+        if not keep:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content in one step."""
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+
+
+def write_manifest(folder: Path, *, stage: str, key: str, inputs: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
+    """Describe every file now in `folder`; call it last."""
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "stage": stage,
+        "key": key,
+        "inputs": dict(inputs),
+        "recipe": dict(recipe),
+        "libraries": library_versions(),
+        "outputs": {name: digest for name, digest in fingerprint(folder).items() if name != MANIFEST},
+    }
+    write_text(folder / MANIFEST, canonical_json(manifest))
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The folder's manifest, or None when the folder was never finished.
+
+    Raises:
+        InfopruneError: the manifest itself is damaged.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["schema_version"] != SCHEMA_VERSION:
+            raise InfopruneError(
+                f"{path}: schema_version {manifest['schema_version']}, this version reads {SCHEMA_VERSION}; "
+                f"delete {folder} to make it again"
+            )
+        if not isinstance(manifest["outputs"], dict) or not isinstance(manifest["key"], str):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InfopruneError(f"{path}: corrupt manifest; delete {folder} to make it again") from None
+    return dict(manifest)
+
+
+def verify(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Check every file of a finished folder against its manifest.
+
+    Raises:
+        InfopruneError: a file is missing or its bytes changed; the message names it.
+    """
+    for name, expected in manifest["outputs"].items():
+        path = folder / name
+        if not path.is_file():
+            raise InfopruneError(f"{path}: artefact is missing; delete {folder} to make it again")
+        if (actual := sha256_file(path)) != expected:
+            raise InfopruneError(
+                f"{path}: artefact is corrupt (sha256 {actual[:12]}, manifest says {expected[:12]}); "
+                f"delete {folder} to make it again"
+            )

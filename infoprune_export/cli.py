@@ -1,0 +1,379 @@
+"""The command line: parse, call one function, print. Help and recipe errors import neither torch nor transformers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from infoprune_export import __version__
+from infoprune_export.errors import InfopruneError
+
+if TYPE_CHECKING:
+    from infoprune_export.recipe import Recipe
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class _Group(click.Group):
+    """Prints user errors as one line and ends with the documented exit codes."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InfopruneError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("interrupted; run the same command again to resume", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="infoprune-export")
+def main() -> None:
+    """Compress the vision encoder of a vision-language model, export it, and prove it equal enough.
+
+    Every command that takes a RECIPE brings the run up to its stage: what is up to date stays, the rest is made. Exit
+    codes: 0 done (and the verdict, if there is one, is PASS), 1 the verdict is FAIL, 2 a mistake in the input or the
+    environment, 130 interrupted.
+    """
+
+
+# ── Options ──────────────────────────────────────────────────────────────────
+
+
+def _takes_recipe(command: Command) -> Command:
+    """RECIPE, --set, --output, --device, --force."""
+    for decorate in reversed(
+        (
+            click.argument("recipe"),
+            click.option(
+                "--set",
+                "overrides",
+                multiple=True,
+                metavar="KEY=VALUE",
+                help="Override a recipe key, for example heads.remove=0.25. Repeatable.",
+            ),
+            click.option(
+                "--output",
+                "-o",
+                type=click.Path(path_type=Path),
+                help="Folder of the run. [default: runs/NAME of the recipe]",
+            ),
+            click.option(
+                "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute; overrides the recipe."
+            ),
+            click.option("--force", is_flag=True, help="Make this command's stage again even if it is up to date."),
+        )
+    ):
+        command = decorate(command)
+    return command
+
+
+def _recipe(recipe: str, overrides: tuple[str, ...], device: str | None) -> Recipe:
+    from infoprune_export.recipe import load_recipe
+
+    return load_recipe(recipe, [*overrides, *([f"device={device}"] if device else [])])
+
+
+def _run(
+    last: str, recipe: str, overrides: tuple[str, ...], output: Path | None, device: str | None, force: bool
+) -> Path:
+    """Load the recipe, then bring its run up to stage `last`; returns the stage's folder."""
+    checked = _recipe(recipe, overrides, device)
+    _quiet_libraries()
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from infoprune_export.pipeline import Run, execute
+    from infoprune_export.stages import STAGES, check_everything
+
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        run = Run(checked, output or Path("runs") / checked.name, progress)
+        check_everything(run)
+        return execute(run, STAGES, last, force=force)
+
+
+def _quiet_libraries() -> None:
+    """Their progress bars and advice would break ours; errors still reach the user as exceptions."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.filterwarnings("ignore")
+    for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+
+
+# ── Commands ─────────────────────────────────────────────────────────────────
+
+
+@main.command()
+@_takes_recipe
+def run(**options: Any) -> None:
+    """Run a whole recipe, from the model to the report, and end with its verdict.
+
+    \b
+    Example:
+      infoprune-export run quickstart --set heads.remove=0.25
+    """
+    folder = _run("report", **options)
+    click.echo(f"report: {folder / 'report.html'}")
+    _end_with_verdict(folder.parent / "validation")
+
+
+@main.command("train-gates")
+@_takes_recipe
+def train_gates(**options: Any) -> None:
+    """Train attention-head gates and choose the heads that stay.
+
+    \b
+    Example:
+      infoprune-export train-gates quickstart --set heads.method=paper
+    """
+    click.echo(_run("heads", **options))
+
+
+@main.command("compress-ffn")
+@_takes_recipe
+def compress_ffn(**options: Any) -> None:
+    """Compress the feed-forward networks, on top of the pruned heads.
+
+    \b
+    Example:
+      infoprune-export compress-ffn quickstart --set ffn.keep_macs=0.25
+    """
+    click.echo(_run("ffn", **options))
+
+
+@main.command()
+@_takes_recipe
+def rewrite(**options: Any) -> None:
+    """Write the smaller model as a Hugging Face checkpoint.
+
+    \b
+    Example:
+      infoprune-export rewrite quickstart --output runs/small
+    """
+    click.echo(_run("checkpoint", **options))
+
+
+@main.command()
+@_takes_recipe
+def export(**options: Any) -> None:
+    """Export vision encoder, token selection and projector as one ONNX graph.
+
+    \b
+    Example:
+      infoprune-export export quickstart --set tokens.keep_ratio=2/9
+    """
+    click.echo(_run("onnx", **options) / "compressed")
+
+
+@main.command()
+@_takes_recipe
+@click.option("--target", metavar="NAME", help="Target of engines/targets, or a file; overrides the recipe.")
+def build(target: str | None, overrides: tuple[str, ...], **options: Any) -> None:
+    """Build the engine for a target machine.
+
+    \b
+    Example:
+      infoprune-export build quickstart --target onnxruntime-cpu
+    """
+    chosen = (f"engine.target={target}",) if target else ()
+    click.echo(_run("engine", overrides=overrides + chosen, **options))
+
+
+@main.command()
+@_takes_recipe
+def validate(**options: Any) -> None:
+    """Compare original, compressed, ONNX and engine, and end with the verdict.
+
+    \b
+    Example:
+      infoprune-export validate quickstart --set validate.max_accuracy_drop=2
+    """
+    folder = _run("validation", **options)
+    _print_validation(folder)
+    _end_with_verdict(folder)
+
+
+@main.command()
+@_takes_recipe
+@click.option("--real-size", is_flag=True, help="Time CLIP-L/336 with random weights at the recipe's budgets instead.")
+def bench(real_size: bool, **options: Any) -> None:
+    """Measure latency, original against compressed, interleaved in one run.
+
+    \b
+    Example:
+      infoprune-export bench quickstart --force
+      infoprune-export bench quickstart --real-size
+    """
+    if real_size:
+        _bench_real_size(**options)
+        return
+    import json
+
+    folder = _run("bench", **options)
+    _print_bench(json.loads((folder / "bench.json").read_text(encoding="utf-8")))
+
+
+@main.command()
+@_takes_recipe
+def report(**options: Any) -> None:
+    """Write the HTML report of a run.
+
+    \b
+    Example:
+      infoprune-export report quickstart
+    """
+    click.echo(_run("report", **options) / "report.html")
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--schema", is_flag=True, help="Print the JSON schema of recipes.")
+def recipes(name: str | None, schema: bool) -> None:
+    """List the shipped recipes, or print one.
+
+    \b
+    Example:
+      infoprune-export recipes quickstart > mine.yaml
+    """
+    from infoprune_export.recipe import Recipe, assets, find_asset, load_recipe
+
+    if schema:
+        import json
+
+        click.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+    elif name is not None:
+        click.echo(find_asset("recipes", name).read_text(encoding="utf-8"), nl=False)
+    else:
+        for stem, path in assets("recipes").items():
+            click.echo(f"{stem:<24} {load_recipe(path).description}")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print findings as JSON.")
+def doctor(as_json: bool) -> None:
+    """List every package and backend, what is missing or clashes, and the command that mends it.
+
+    Ends with exit code 1 when there is a problem.
+
+    \b
+    Example:
+      infoprune-export doctor
+    """
+    from infoprune_export.doctor import examine, render, worst
+
+    findings = examine()
+    if as_json:
+        import json
+        from dataclasses import asdict
+
+        click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        from rich.console import Console
+
+        render(findings, Console())
+    sys.exit(1 if worst(findings) == "problem" else 0)
+
+
+# ── Printing ─────────────────────────────────────────────────────────────────
+
+
+def _end_with_verdict(validation: Path) -> None:
+    import json
+
+    verdict = json.loads((validation / "validation.json").read_text(encoding="utf-8"))["verdict"]
+    click.echo(f"verdict: {verdict}")
+    sys.exit(0 if verdict == "PASS" else 1)
+
+
+def _print_validation(folder: Path) -> None:
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    result = json.loads((folder / "validation.json").read_text(encoding="utf-8"))
+    table = Table("step", result["metric"], "± s.e.", "to original", "± s.e.", title=None)
+    for row in result["accuracy"]:
+        difference = row["to_original"]
+        table.add_row(
+            row["step"],
+            f"{row['percent']:.1f}",
+            f"{row['standard_error']:.1f}",
+            f"{difference['percent']:+.1f}",
+            f"{difference['standard_error']:.1f}",
+        )
+    console = Console()
+    console.print(table)
+    checks = Table("check", "value", "limit", "passed")
+    for check in result["checks"]:
+        value = "not finite" if check["value"] is None else f"{check['value']:.3g}"
+        checks.add_row(check["what"], value, f"{check['limit']:.3g}", "yes" if check["passed"] else "NO")
+    console.print(checks)
+
+
+def _print_bench(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("batch", "original ms", "compressed ms", "speed-up", "95% interval", "FLOP ratio", "efficiency")
+    for row in result["rows"]:
+        times, speedup = row["milliseconds"], row["speedup"]
+        table.add_row(
+            str(row["batch_size"]),
+            f"{times['original']['p50']:.2f}",
+            f"{times['compressed']['p50']:.2f}",
+            f"{speedup['median']:.2f}",
+            f"{speedup['low']:.2f} .. {speedup['high']:.2f}",
+            f"{row['flop_ratio']:.2f}",
+            f"{row['efficiency']:.2f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{result['provider']}, {result['threads']} thread(s), {result['rounds']} rounds, "
+        f"{result['machine']['processor']}"
+    )
+
+
+def _bench_real_size(
+    recipe: str, overrides: tuple[str, ...], output: Path | None, device: str | None, force: bool
+) -> None:
+    checked = _recipe(recipe, overrides, device)
+    _quiet_libraries()
+    from infoprune_export.recipe import load_target
+    from infoprune_export.validate.real_size import bench_real_size
+
+    result = bench_real_size(checked, load_target(checked.engine.target))
+    _print_bench(result)
+    cost = result["selection"]
+    click.echo(
+        f"selection {cost['tokens']} -> {cost['kept']}: {cost['milliseconds']:.2f} ms, "
+        f"{100 * cost['fraction']:.2f}% of the original encoder's latency (95% interval "
+        f"{100 * cost['low']:.2f} .. {100 * cost['high']:.2f}%)"
+    )
+
+
+if __name__ == "__main__":
+    main()

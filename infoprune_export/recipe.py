@@ -1,0 +1,362 @@
+"""Recipes and targets: what to do, with which budgets, for which machine.
+
+A recipe is a YAML file checked against `Recipe`. Unknown keys, wrong types and values out of range are refused with
+the dotted name of the key. Defaults come from the papers unless the field says otherwise: "A" is the structural paper
+(heads, feed-forward networks), "B" the visual-token paper.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from infoprune_export.errors import InfopruneError
+
+
+class _Spec(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+# ── Sections ─────────────────────────────────────────────────────────────────
+
+
+class ModelSpec(_Spec):
+    """The vision-language model to compress."""
+
+    name_or_path: str = Field(min_length=1)
+    """A folder, a hub id such as ``llava-hf/llava-1.5-7b-hf`` (nothing else uses the network), or ``testbed/…``."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class DataSpec(_Spec):
+    """Images and questions for calibration and validation; an image is used for one of the two, never both.
+
+    Without `images`, procedural scenes are drawn. With `images` alone, calibration distils features and validation
+    counts how often both models give the same answer to `prompts`. With `questions` and `annotations` (VQAv2 JSON),
+    calibration uses the answers and validation the VQA accuracy.
+    """
+
+    images: str | None = None
+    questions: str | None = None
+    annotations: str | None = None
+    prompts: tuple[str, ...] = ("Describe the image.",)
+    calibration_images: int = Field(448, ge=1)
+    validation_questions: int = Field(2000, ge=1)
+    workers: int = Field(2, ge=1)
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _complete(self) -> DataSpec:
+        if (self.questions is None) != (self.annotations is None):
+            raise ValueError("questions and annotations belong together: give both VQAv2 files or neither")
+        if self.questions is not None and self.images is None:
+            raise ValueError("questions need images: name the folder their image ids refer to")
+        if not self.prompts:
+            raise ValueError("prompts is empty: give at least one question")
+        return self
+
+
+class HeadsSpec(_Spec):
+    """Attention-head pruning (paper A, section 4.1).
+
+    ``paper`` is its objective to the letter: ``task + alpha |zeta|_1 + beta eRank + gamma KS`` and a threshold.
+    ``budgeted`` repairs what was measured to be wrong with it: the penalty is on the gates' sum instead of |zeta|
+    (whose minimum is the threshold itself), KS becomes a sorted Wasserstein-1 distance (KS has no gradient), heads are
+    chosen by budget, survivors get gate 1, and the output projection is refitted.
+    """
+
+    method: Literal["budgeted", "paper", "none"] = "budgeted"
+    remove: float = Field(0.5, ge=0, lt=1)
+    """Fraction of all heads that ``budgeted`` removes."""
+    threshold: float = Field(0.5, gt=0, lt=1)
+    """``paper`` keeps a head whose gate is at least this (z)."""
+    alpha: float = Field(0.01, ge=0)
+    beta: float = Field(0.01, ge=0)
+    gamma: float = Field(0.1, ge=0)
+    learning_rate: float = Field(1e-2, gt=0)
+    epochs: int = Field(7, ge=1)
+    batch_size: int = Field(32, ge=1)
+    """Images per step."""
+    questions_per_image: int = Field(1, ge=1)
+    """Drawn anew from the image's questions at every epoch."""
+    initial_zeta: float = 3.0
+    """The paper says only "a large value"; sigmoid(3) = .95."""
+
+
+class FfnSpec(_Spec):
+    """Feed-forward compression (paper A, section 4.2).
+
+    ``paper`` replaces the network by the truncated SVD of W2 W1 (Algorithm 2): linear, chosen by `epsilon`. ``obs``
+    removes neurons: optimal-brain-surgeon cost in the output-gradient metric, widths from one budget over all blocks.
+    """
+
+    method: Literal["obs", "paper", "none"] = "obs"
+    keep_macs: float = Field(0.5, gt=0, le=1)
+    """Fraction of all FFN multiply-accumulates that ``obs`` keeps."""
+    round_to: int = Field(64, ge=1)
+    """Widths are multiples of this; GEMM kernels waste the rest of a tile."""
+    epsilon: float = Field(0.05, gt=0, lt=1)
+    """``paper``: keep the fewest singular values with at least (1 - epsilon^2) of the squared sum."""
+
+
+class RefitSpec(_Spec):
+    """Ridge least squares that fits output projections (heads) and down projections (FFN) to the original model."""
+
+    enabled: bool = True
+    ridge: float = Field(1e-3, gt=0)
+    """Added to the normal matrix's diagonal, relative to its mean."""
+
+
+class TokensSpec(_Spec):
+    """Stage 1 visual-token selection (paper B, section 3.1 and Algorithm 1)."""
+
+    method: Literal["infoprune", "none"] = "infoprune"
+    keep_ratio: Fraction = Fraction(1, 2)
+    """T = ceil(N * keep_ratio); a number, or a fraction in quotes such as "64/576", which is exact."""
+    prior: Literal["cls", "received"] = "cls"
+    """Attention that ranks tokens: the [CLS] row, or what each token receives from all others on average."""
+    pool_factor: float = Field(2.0, ge=1)
+    """alpha: the greedy step chooses among the ceil(alpha T) tokens with the highest prior."""
+    temperature: float = Field(0.7, gt=0)
+    exponent: float = Field(0.5, ge=0)
+    """gamma_q."""
+    normalize: bool = False
+    """Select on unit-length features, so that novelty counts and length does not. The paper does not."""
+    merge: bool = True
+    """Fold every dropped token into the kept token it is most similar to."""
+    inertia: float = Field(1.0, gt=0)
+    """Weight of the kept token in its merge; the paper leaves it open."""
+
+    @field_validator("keep_ratio", mode="before")
+    @classmethod
+    def _as_fraction(cls, value: Any) -> Fraction:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str, Fraction)):
+            raise ValueError('expected a number or a fraction in quotes such as "1/2"')
+        try:
+            ratio = Fraction(str(value))
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(f'{value!r} is not a number or a fraction such as "1/2"') from None
+        if not 0 < ratio <= 1:
+            raise ValueError(f"{value} is outside (0, 1]: keep at least one token and at most all")
+        return ratio.limit_denominator(10_000)
+
+    @pydantic.field_serializer("keep_ratio")
+    def _as_text(self, value: Fraction) -> str:
+        return str(value)
+
+
+class ExportSpec(_Spec):
+    opset: int = Field(20, ge=18, le=22)
+    """20 is the newest every supported TensorRT reads (10.3 on Jetson included)."""
+
+
+class EngineSpec(_Spec):
+    target: str = "onnxruntime-cpu"
+    """A file of ``engines/targets`` without its suffix, or a path to one."""
+
+
+class ValidateSpec(_Spec):
+    """What the verdict demands. Scales are relative to the largest absolute output."""
+
+    max_accuracy_drop: float = Field(4.0, ge=0)
+    """Points, original to engine; the standard error of the difference is printed beside it, not added to it."""
+    min_agreement: float = Field(0.8, ge=0, le=1)
+    """Without annotations: fraction of questions both models answer alike."""
+    rewrite_tolerance: float = Field(1e-5, gt=0)
+    onnx_tolerance: float = Field(1e-4, gt=0)
+    replay_tolerance: float = Field(1e-2, gt=0)
+    """Worst step of the kept indices when replayed in float64: 1 - residual / best residual."""
+    parity_batches: tuple[int, ...] = (1, 3, 8)
+
+    @field_validator("parity_batches", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class BenchSpec(_Spec):
+    """Latency, original against compressed, interleaved in one process."""
+
+    batch_sizes: tuple[int, ...] = (1, 16)
+    rounds: int = Field(30, ge=3)
+    warmup: int = Field(3, ge=0)
+    threads: int = Field(1, ge=1)
+    """CPU threads inside an operator. One, because small pruned GEMMs scale worse than large ones."""
+
+    @field_validator("batch_sizes", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class Recipe(_Spec):
+    """A whole run. `variants` name sets of ``dotted.key: value`` overrides that are run beside it, up to accuracy."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    description: str = ""
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    model: ModelSpec
+    data: DataSpec = DataSpec()
+    heads: HeadsSpec = HeadsSpec()
+    ffn: FfnSpec = FfnSpec()
+    refit: RefitSpec = RefitSpec()
+    tokens: TokensSpec = TokensSpec()
+    export: ExportSpec = ExportSpec()
+    engine: EngineSpec = EngineSpec()
+    validate_: ValidateSpec = Field(ValidateSpec(), alias="validate")
+    bench: BenchSpec = BenchSpec()
+    variants: dict[str, dict[str, Any]] = {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, keys as in the YAML file."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+class Target(_Spec):
+    """A machine an engine is built for: ``engines/targets/NAME.yaml``."""
+
+    name: str
+    description: str
+    backend: Literal["onnxruntime"]
+    providers: tuple[str, ...]
+    """ONNX Runtime execution providers, most wanted first; the first must be available."""
+    graph_optimization: Literal["basic", "extended", "all"] = "all"
+    threads: int = Field(0, ge=0)
+    """Threads inside an operator; 0 lets ONNX Runtime decide."""
+
+    @field_validator("providers", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+# ── Reading ──────────────────────────────────────────────────────────────────
+
+
+def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by path or shipped name and apply ``dotted.key=value`` overrides (values are YAML).
+
+    Raises:
+        InfopruneError: no such file, not YAML, unknown key, wrong type, value out of range.
+    """
+    path = find_asset("recipes", name)
+    tree = _read_mapping(path)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise InfopruneError(f"--set {override!r}: expected KEY=VALUE, for example --set heads.remove=0.25")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InfopruneError(f"--set {override!r}: the value is not valid YAML; quote it") from None
+        _assign(tree, key, value)
+    recipe = _check(Recipe, tree, path)
+    for variant in recipe.variants:
+        variant_of(recipe, variant)
+    return recipe
+
+
+def variant_of(recipe: Recipe, variant: str) -> Recipe:
+    """The recipe with one variant's overrides applied, and no variants of its own."""
+    tree = recipe.to_dict()
+    tree.update(name=f"{recipe.name}-{variant}", variants={})
+    for key, value in recipe.variants[variant].items():
+        _assign(tree, key, value)
+    return _check(Recipe, tree, f"variant {variant!r} of {recipe.name}")
+
+
+def load_target(name: str) -> Target:
+    """Read a target by shipped name or path."""
+    path = find_asset("targets", name)
+    return _check(Target, _read_mapping(path), path)
+
+
+def assets(kind: Literal["recipes", "targets"]) -> dict[str, Path]:
+    """Shipped YAML files by name: from the installed package, or from the source tree."""
+    package = Path(str(importlib.resources.files("infoprune_export")))
+    source = {"recipes": package.parent / "recipes", "targets": package.parent / "engines" / "targets"}[kind]
+    folder = next((f for f in (package / "assets" / kind, source) if f.is_dir()), source)
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_asset(kind: Literal["recipes", "targets"], name: str | Path) -> Path:
+    """A file given by path, else a shipped one given by name."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = assets(kind)
+    if path.stem in shipped and path.parent.name in ("", kind) and path.suffix in ("", ".yaml"):
+        return shipped[path.stem]
+    what = kind.removesuffix("s")
+    raise InfopruneError(f"no {what} at {str(name)!r}; give a file or one of: {', '.join(shipped) or 'none shipped'}")
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where is not None else ""
+        raise InfopruneError(f"{path}{line}: not valid YAML; check quotes and indentation") from None
+    except OSError as error:
+        raise InfopruneError(f"{path}: cannot be read ({error.strerror})") from None
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise InfopruneError(f"{path}: expected a mapping of keys to values, found {type(tree).__name__}")
+    return tree
+
+
+def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise InfopruneError(
+                f"{dotted}: {parent!r} is a value, not a section; see infoprune-export recipes --schema"
+            )
+        tree = child
+    tree[last] = value
+
+
+def _check(spec: type[Any], tree: dict[str, Any], origin: Path | str) -> Any:
+    try:
+        return spec.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise InfopruneError(f"{origin}: {_explain(spec, error)}") from None
+
+
+def _explain(spec: type[pydantic.BaseModel], error: pydantic.ValidationError) -> str:
+    """The first problem in one line: dotted key, what is wrong, what is allowed."""
+    problem = error.errors()[0]
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        siblings = _fields(spec, location[:-1])
+        close = difflib.get_close_matches(location[-1], siblings, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(siblings)}"
+        return f"unknown key {key!r}; {hint}"
+    if problem["type"] == "missing":
+        return f"{key!r} is required"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = repr(problem["input"])
+    return f"{key} = {shown if len(shown) < 60 else shown[:57] + '...'}: {message[0].lower()}{message[1:]}"
+
+
+def _fields(spec: type[pydantic.BaseModel], location: Sequence[str]) -> list[str]:
+    names = {field.alias or name: field.annotation for name, field in spec.model_fields.items()}
+    if location and isinstance(child := names.get(location[0]), type) and issubclass(child, pydantic.BaseModel):
+        return _fields(child, location[1:])
+    return sorted(names)

@@ -1,0 +1,154 @@
+"""Pruned checkpoints that ``from_pretrained`` gives back exactly, or refuses.
+
+The pruned model stays an instance of its Hugging Face class. Its ``config.json`` records the tower's structure in
+``quantization_config`` with ``quant_method: infoprune``; importing `infoprune_export` registers that method, and
+transformers then calls `_PrunedStructure` after building the skeleton and before reading weights:
+
+1. The skeleton, still on the meta device, gets the recorded heads and FFN shapes.
+2. The ordinary loader fills it from safetensors, one file or shards.
+3. Missing, unknown or mismatched tensors raise; stock transformers would fill them with random numbers.
+4. The model is handed out as an ordinary one: ``half()``, ``save_pretrained`` and training are not restricted.
+
+Without `infoprune_export` imported, transformers stops at the first shape it does not expect: every removed part
+leaves a smaller (possibly empty) tensor behind. Nothing is ever initialised at random.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from infoprune_export.errors import InfopruneError
+from infoprune_export.models import tower_of
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, ProcessorMixin
+
+    from infoprune_export.models.tower import VisionTower
+
+METHOD = "infoprune"
+SCHEMA_VERSION = 1
+
+
+# ── Structure record ─────────────────────────────────────────────────────────
+
+
+def structure_of(tower: VisionTower) -> list[dict[str, Any]]:
+    """Heads, head_dim, FFN kind and size of every block, as it is written to ``config.json``."""
+    return [
+        {
+            "num_heads": block.num_heads,
+            "head_dim": block.head_dim,
+            "ffn": {"kind": block.ffn_shape.kind, "size": block.ffn_shape.size},
+        }
+        for block in tower.blocks
+    ]
+
+
+def shape_like(tower: VisionTower, structure: list[dict[str, Any]]) -> None:
+    """Give a full tower the recorded shapes, in place; which heads are kept does not matter before weights are read.
+
+    Raises:
+        InfopruneError: the record does not fit the tower.
+    """
+    if len(structure) != len(tower.blocks):
+        raise InfopruneError(f"config.json records {len(structure)} pruned blocks, the tower has {len(tower.blocks)}")
+    for number, (block, record) in enumerate(zip(tower.blocks, structure, strict=True)):
+        heads, ffn = record["num_heads"], record["ffn"]
+        if record["head_dim"] != block.head_dim or not 0 <= heads <= block.num_heads:
+            raise InfopruneError(
+                f"config.json, block {number}: {heads} heads of {record['head_dim']} do not fit the tower"
+            )
+        if heads < block.num_heads:
+            block.keep_heads(range(heads))
+        if ffn["kind"] == "linear":
+            block.make_ffn_linear(ffn["size"])
+        elif not 0 <= ffn["size"] <= block.ffn_shape.size:
+            raise InfopruneError(f"config.json, block {number}: FFN size {ffn['size']} does not fit the tower")
+        elif ffn["size"] < block.ffn_shape.size:
+            block.keep_neurons(range(ffn["size"]))
+
+
+def save(model: PreTrainedModel, processor: ProcessorMixin, tower: VisionTower, folder: Path) -> None:
+    """Write an ordinary checkpoint: safetensors, configuration with the structure record, processor."""
+    model.config.quantization_config = InfopruneConfig(blocks=structure_of(tower))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+# ── transformers hook ────────────────────────────────────────────────────────
+
+
+@register_quantization_config(METHOD)
+class InfopruneConfig(QuantizationConfigMixin):
+    """The structure record, under the name transformers looks for."""
+
+    def __init__(
+        self, blocks: list[dict[str, Any]], quant_method: str = METHOD, schema_version: int = SCHEMA_VERSION, **_: Any
+    ) -> None:
+        if schema_version != SCHEMA_VERSION:
+            raise InfopruneError(
+                f"pruned checkpoint has schema_version {schema_version}, this version reads {SCHEMA_VERSION}; "
+                "install the infoprune-export that wrote it"
+            )
+        self.quant_method = quant_method
+        self.schema_version = schema_version
+        self.blocks = blocks
+
+
+@register_quantizer(METHOD)
+class _PrunedStructure(HfQuantizer):
+    """Shapes the skeleton before loading and holds the loader to its own findings afterwards."""
+
+    quantization_config: InfopruneConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        shape_like(tower_of(model), self.quantization_config.blocks)
+        # The loader reports to this method of the instance what it could not find, and otherwise only warns.
+        adjust = model._adjust_missing_and_unexpected_keys
+        self._checked = False
+
+        def adjust_and_refuse(loading_info: Any) -> None:
+            adjust(loading_info)
+            for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+                if keys := sorted(map(str, getattr(loading_info, what))):
+                    raise InfopruneError(
+                        f"pruned checkpoint has {what.replace('_keys', '')} tensors: {', '.join(keys[:3])}"
+                        f"{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}; "
+                        "its weights do not belong to its config.json"
+                    )
+            self._checked = True
+
+        model._adjust_missing_and_unexpected_keys = adjust_and_refuse
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        if not self._checked:
+            raise InfopruneError(
+                "this transformers version loads weights by a route on which a missing tensor cannot be noticed; "
+                "install a version the constraints file names"
+            )
+        del model._adjust_missing_and_unexpected_keys
+        # From here on it is an ordinary model; the record in its configuration is what save_pretrained writes.
+        del model.hf_quantizer
+        del model.quantization_method
+        model.is_quantized = False
+        for module in model.modules():
+            _forget_quantized(module)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def _forget_quantized(module: nn.Module) -> None:
+    config = getattr(module, "config", None)
+    if config is not None and getattr(config, "_is_quantized", False):
+        config._is_quantized = False

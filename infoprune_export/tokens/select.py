@@ -1,0 +1,152 @@
+"""Stage 1 visual-token selection and merge (paper B, section 3.1, Algorithm 1), in PyTorch.
+
+Algorithm 1's greedy choice of the largest residual is column-pivoted QR of Z^T, which is pivoted Cholesky of the Gram
+Z Z^T: the same sequence in exact arithmetic, at O(M^2 d + T^2 M) instead of O(M d T^2). The Gram and the factor are
+fp32 whatever the model's dtype. Decisions the paper leaves open:
+
+- the pool is ranked on the prior a, not on q = softmax(a / tau)^gamma_q: the order is the same, but q has far fewer
+  distinct values in low precision;
+- saturation is relative, 1e-5 of the largest squared norm in the pool: an absolute threshold is either below fp32 noise
+  or above real signal. What the greedy step leaves open is filled in the order of the prior;
+- ties go to the lowest position in the pool; kept indices are ascending; NaN counts as zero; the answer has always T
+  tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from infoprune_export.models.tower import VisionTower
+from infoprune_export.recipe import TokensSpec
+
+EPSILON = 1e-5
+_BLOCK = 64
+
+
+def keep_count(tokens: int, numerator: int, denominator: int) -> int:
+    """T = ceil(N * numerator / denominator), in integers so that every runtime agrees."""
+    return (tokens * numerator + denominator - 1) // denominator
+
+
+@torch.library.custom_op("infoprune::token_select", mutates_args=())
+def token_select(
+    features: Tensor,
+    prior: Tensor,
+    keep_numerator: int,
+    keep_denominator: int,
+    pool_factor: float = 2.0,
+    temperature: float = 0.7,
+    exponent: float = 0.5,
+    epsilon: float = EPSILON,
+) -> Tensor:
+    """Ascending indices of the kept tokens, int64 [B, T].
+
+    Args:
+        features: [B, N, D], any floating dtype.
+        prior: attention each token receives [B, N], any floating dtype; higher is more important.
+        keep_numerator: with `keep_denominator`, T = ceil(N * numerator / denominator).
+        keep_denominator: see `keep_numerator`.
+        pool_factor: alpha; the pool holds the min(N, ceil(alpha T)) tokens of highest prior.
+        temperature: tau in q = softmax(a / tau)^gamma_q.
+        exponent: gamma_q.
+        epsilon: greedy stops at a residual of this fraction of the largest squared norm.
+    """
+    tokens = features.shape[1]
+    keep = keep_count(tokens, keep_numerator, keep_denominator)
+    pool_size = min(tokens, math.ceil(pool_factor * keep))
+    a = torch.nan_to_num(prior.float(), nan=0.0)
+    q = torch.softmax(a / temperature, dim=-1) ** exponent
+    pool = a.argsort(dim=1, descending=True, stable=True)[:, :pool_size]
+    z = features.gather(1, pool[..., None].expand(-1, -1, features.shape[2])).float()
+    z = torch.nan_to_num(z, nan=0.0) * q.gather(1, pool).sqrt()[..., None]
+    return pool.gather(1, _pivots(z, keep, epsilon)).sort(dim=1).values
+
+
+@token_select.register_fake
+def _(
+    features: Tensor,
+    prior: Tensor,
+    keep_numerator: int,
+    keep_denominator: int,
+    pool_factor: float = 2.0,
+    temperature: float = 0.7,
+    exponent: float = 0.5,
+    epsilon: float = EPSILON,
+) -> Tensor:
+    keep = keep_count(features.shape[1], keep_numerator, keep_denominator)
+    return features.new_empty((features.shape[0], keep), dtype=torch.int64)
+
+
+def _pivots(z: Tensor, keep: int, epsilon: float) -> Tensor:
+    """The first `keep` pivots of Cholesky on z z^T, int64 [B, keep]; z [B, M, D] is fp32 and sorted by prior.
+
+    Left-looking inside blocks of 64 pivots, with one matrix product between blocks (LAPACK's pstrf). Once the largest
+    residual is at most the threshold it stays there, so the fill needs no branch: saturated rows rank by position.
+    """
+    batch, size, _ = z.shape
+    rows = torch.arange(batch, device=z.device)
+    gram = z @ z.transpose(1, 2)
+    residual = z.square().sum(-1)
+    threshold = epsilon * residual.amax(1, keepdim=True)
+    taken = torch.zeros_like(residual)
+    position = -torch.arange(size, dtype=residual.dtype, device=z.device)
+    pivots = []
+    for start in range(0, keep, _BLOCK):
+        factor = z.new_zeros(min(_BLOCK, keep - start), batch, size)
+        for j in range(len(factor)):
+            free = residual + taken
+            saturated = free.amax(1, keepdim=True) <= threshold
+            pivot = torch.where(saturated, position + taken, free).argmax(1)
+            pivots.append(pivot)
+            known = (factor[:j, rows, pivot][..., None] * factor[:j]).sum(0)
+            scale = residual[rows, pivot].clamp_min(1e-30).sqrt()[:, None]
+            column = torch.where(saturated, 0.0, (gram[rows, pivot] - known) / scale)
+            factor[j] = column
+            residual = (residual - column.square()).clamp_min(0)
+            taken[rows, pivot] = -math.inf
+        wide = factor.transpose(0, 1)
+        gram = gram - wide.transpose(1, 2) @ wide
+    return torch.stack(pivots, dim=1)
+
+
+def merge_tokens(features: Tensor, kept: Tensor, inertia: float) -> Tensor:
+    """Kept tokens with every dropped token folded into its most cosine-similar one (Algorithm 1, lines 24-33).
+
+    x_s' = (beta x_s + sum of its dropped tokens) / (beta + their number). features [B, N, D], kept [B, T] ascending;
+    returns [B, T, D] in the dtype of `features`. Built from operators that every runtime has: the assignment is a 0/1
+    matrix, so the sums are one matrix product.
+    """
+    x = features.float()
+    anchors = x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
+    unit, unit_anchors = F.normalize(x, dim=-1), F.normalize(anchors, dim=-1)
+    nearest = (unit @ unit_anchors.transpose(1, 2)).argmax(-1)
+    positions = torch.arange(x.shape[1], device=x.device)
+    dropped = (kept[:, :, None] != positions).all(1)
+    slots = torch.arange(kept.shape[1], device=x.device)
+    assignment = ((nearest[:, None, :] == slots[:, None]) & dropped[:, None, :]).float()
+    merged = (inertia * anchors + assignment @ x) / (inertia + assignment.sum(-1, keepdim=True))
+    return merged.to(features.dtype)
+
+
+def select_and_merge(
+    tower: VisionTower, spec: TokensSpec, before_last: Tensor, stream: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Stage 1 on a tower's last block: its input and output [B, S, D] to kept tokens [B, T, D] and indices [B, T]."""
+    tokens = tower.visual_tokens(stream)
+    prior = tower.attention_prior(before_last, spec.prior)
+    kept = token_select(
+        F.normalize(tokens.float(), dim=-1) if spec.normalize else tokens,
+        prior,
+        spec.keep_ratio.numerator,
+        spec.keep_ratio.denominator,
+        spec.pool_factor,
+        spec.temperature,
+        spec.exponent,
+    )
+    if spec.merge:
+        return merge_tokens(tokens, kept, spec.inertia), kept
+    return tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2])), kept

@@ -1,0 +1,20 @@
+"""Floating-point operations, counted while the module runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_flops(module: nn.Module, inputs: Mapping[str, Tensor]) -> int:
+    """FLOPs (two per multiply-accumulate) of matrix products, convolutions and attention in one forward pass.
+
+    Counted by torch's dispatcher on the module as it stands, so a mask saves nothing and a removed head does. Norms,
+    activations and the token selection's greedy loop are not counted.
+    """
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        module(**inputs)
+    return int(counter.get_total_flops())

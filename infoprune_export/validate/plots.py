@@ -1,0 +1,148 @@
+"""The report's pictures, as SVG or PNG text that goes straight into the page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+# The same input gives the same bytes, and text stays text.
+mpl.rcParams.update({"svg.hashsalt": "infoprune-export", "svg.fonttype": "none", "font.size": 9})
+
+BEFORE, AFTER, GONE, ALERT = "#8a94a6", "#1668b8", "#e3e7ee", "#b3261e"
+
+
+def head_map(total: Sequence[int], kept: Sequence[Sequence[int]]) -> str:
+    """Blocks from bottom to top, heads from left to right; filled squares stay."""
+    figure = _figure(0.32 * max(total) + 1.6, 0.32 * len(total) + 0.9)
+    axes = figure.add_subplot()
+    for block, (count, heads) in enumerate(zip(total, kept, strict=True)):
+        for head in range(count):
+            colour = AFTER if head in heads else GONE
+            axes.add_patch(Rectangle((head + 0.08, block + 0.08), 0.84, 0.84, color=colour, lw=0))
+        axes.text(count + 0.3, block + 0.5, f"{len(heads)}/{count}", va="center", color="#444")
+    axes.set(xlim=(0, max(total) + 1.6), ylim=(0, len(total)), xlabel="head", ylabel="block")
+    axes.set_xticks(np.arange(max(total)) + 0.5, [str(h) for h in range(max(total))])
+    axes.set_yticks(np.arange(len(total)) + 0.5, [str(b) for b in range(len(total))])
+    _clean(axes)
+    return _svg(figure)
+
+
+def ffn_bars(widths: Sequence[int], choices: Sequence[dict[str, Any]]) -> str:
+    """What is left of every FFN, over its original width."""
+    sizes = [len(choice["neurons"]) if choice["kind"] == "mlp" else choice["rank"] for choice in choices]
+    figure = _figure(5.0, 0.32 * len(widths) + 0.9)
+    axes = figure.add_subplot()
+    rows = np.arange(len(widths))
+    axes.barh(rows, widths, color=GONE, height=0.8)
+    axes.barh(rows, sizes, color=[AFTER if choice["kind"] == "mlp" else ALERT for choice in choices], height=0.8)
+    for row, (size, choice) in enumerate(zip(sizes, choices, strict=True)):
+        unit = "neurons" if choice["kind"] == "mlp" else "rank, linear"
+        axes.text(max(widths) * 1.01, int(row), f"{size} {unit}", va="center", color="#444")
+    axes.set(xlim=(0, max(widths) * 1.3), ylabel="block", xlabel="neurons")
+    axes.set_yticks(rows, [str(row) for row in rows])
+    _clean(axes)
+    return _svg(figure)
+
+
+def accuracy_steps(rows: Sequence[dict[str, Any]], metric: str) -> str:
+    """Accuracy after each step with 95% intervals, against the original's level."""
+    figure = _figure(5.4, 2.7)
+    axes = figure.add_subplot()
+    places = np.arange(len(rows))
+    values = [row["percent"] for row in rows]
+    errors = [1.96 * row["standard_error"] for row in rows]
+    axes.axhline(values[0], color=BEFORE, lw=1, ls="--")
+    axes.errorbar(places, values, yerr=errors, fmt="o-", color=AFTER, capsize=3, ms=5)
+    for place, value in zip(places, values, strict=True):
+        axes.annotate(f"{value:.1f}", (float(place), value), textcoords="offset points", xytext=(6, 7), color="#222")
+    low, high = (
+        min(v - e for v, e in zip(values, errors, strict=True)),
+        max(v + e for v, e in zip(values, errors, strict=True)),
+    )
+    axes.set(ylabel=f"{metric}, %", ylim=(low - 1, min(high + 2, 101.5)), xlim=(-0.3, len(rows) - 0.4))
+    axes.set_xticks(places, [row["step"] for row in rows])
+    _clean(axes)
+    return _svg(figure)
+
+
+def latency_bars(rows: Sequence[dict[str, Any]]) -> str:
+    """Median latency per image before and after, for every batch size, with the 90th percentile as whisker."""
+    figure = _figure(5.4, 2.7)
+    axes = figure.add_subplot()
+    places = np.arange(len(rows))
+    for offset, side, colour in ((-0.2, "original", BEFORE), (0.2, "compressed", AFTER)):
+        per_image = [row["milliseconds"][side]["p50"] / row["batch_size"] for row in rows]
+        upper = [
+            row["milliseconds"][side]["p90"] / row["batch_size"] - value
+            for row, value in zip(rows, per_image, strict=True)
+        ]
+        axes.bar(
+            places + offset, per_image, 0.38, color=colour, label=side, yerr=[np.zeros(len(rows)), upper], capsize=3
+        )
+    tops = [
+        max(row["milliseconds"][side]["p90"] for side in ("original", "compressed")) / row["batch_size"] for row in rows
+    ]
+    for place, row, top in zip(places, rows, tops, strict=True):
+        axes.text(int(place), top, f"{row['speedup']['median']:.2f}x", ha="center", va="bottom", color="#222")
+    axes.set(ylabel="ms per image", ylim=(0, max(tops) * 1.15))
+    axes.set_xticks(places, [f"batch {row['batch_size']}" for row in rows])
+    axes.legend(frameon=False)
+    _clean(axes)
+    return _svg(figure)
+
+
+def gate_history(history: Sequence[dict[str, float]]) -> str:
+    """Loss terms over epochs."""
+    figure = _figure(5.4, 2.4)
+    axes = figure.add_subplot()
+    epochs = np.arange(1, len(history) + 1)
+    for term in ("task", "mean_gate", "distance"):
+        axes.plot(epochs, [epoch[term] for epoch in history], "o-", ms=3, label=term.replace("_", " "))
+    axes.set(xlabel="epoch", ylim=(0, None))
+    axes.legend(frameon=False, ncols=3)
+    _clean(axes)
+    return _svg(figure)
+
+
+def kept_tokens(pixels: NDArray[np.uint8], kept: Sequence[int], tokens: int) -> str:
+    """An image as the tower sees it, [S, S, 3], with dropped patches dimmed; a PNG data URI."""
+    grid = round(tokens**0.5)
+    scale = max(1, 224 // pixels.shape[0])
+    image = Image.fromarray(pixels).resize((pixels.shape[1] * scale, pixels.shape[0] * scale), Image.Resampling.NEAREST)
+    shade = Image.new("RGBA", image.size, (0, 0, 0, 0))
+    draw = ImageDraw.Draw(shade)
+    width, height = image.size[0] / grid, image.size[1] / grid
+    for token in range(tokens):
+        box = (token % grid * width, token // grid * height, (token % grid + 1) * width, (token // grid + 1) * height)
+        if token not in kept:
+            draw.rectangle(box, fill=(255, 255, 255, 205))
+        else:
+            draw.rectangle(box, outline=(22, 104, 184, 150))
+    buffer = io.BytesIO()
+    Image.alpha_composite(image.convert("RGBA"), shade).convert("RGB").save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _clean(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,91 @@
+"""The HTML report: one file without references to anything outside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from infoprune_export import __version__
+from infoprune_export.artifacts import library_versions
+from infoprune_export.validate import plots
+
+if TYPE_CHECKING:
+    from infoprune_export.models.vlm import VLM
+
+REPORT = "report.html"
+_TEMPLATE = Path(__file__).with_name("report.html.j2")
+
+
+def render(
+    *,
+    name: str,
+    description: str,
+    recipe: dict[str, Any],
+    validation: dict[str, Any],
+    bench: dict[str, Any],
+    variants: dict[str, Any],
+    history: list[dict[str, float]],
+    pictures: list[str],
+) -> str:
+    """The page as text; see `verdict.validate`, `bench.bench_onnx` and `verdict.summarize_variant` for the inputs."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    figures = {
+        "heads": plots.head_map(validation["heads"]["total"], validation["heads"]["kept"]),
+        "ffn": plots.ffn_bars(validation["ffn"]["widths"], validation["ffn"]["choices"]),
+        "accuracy": plots.accuracy_steps(validation["accuracy"], validation["metric"]),
+        "latency": plots.latency_bars(bench["rows"]),
+        "gates": plots.gate_history(history) if history else "",
+    }
+    rows = validation["accuracy"]
+    return template.render(
+        name=name,
+        description=description,
+        validation=validation,
+        bench=bench,
+        first=rows[0],
+        last=rows[-1],
+        merged=recipe["tokens"]["merge"],
+        compare=[
+            {"name": variant, "steps": {row["step"]: row for row in summary["accuracy"]}, **summary}
+            for variant, summary in {"this run": _as_variant(validation, recipe), **variants}.items()
+        ],
+        figures={key: Markup(svg) for key, svg in figures.items()},
+        pictures=pictures,
+        recipe_text=json.dumps(recipe, indent=2, ensure_ascii=False),
+        version=__version__,
+        libraries=library_versions(),
+    )
+
+
+def _as_variant(validation: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    size = validation["size"]
+    return {
+        "heads_removed": size["heads_removed"],
+        "ffn_macs_kept": size["ffn_macs_kept"],
+        "tokens_kept": size["visual_tokens"]["compressed"] / size["visual_tokens"]["original"],
+        "methods": {section: recipe[section]["method"] for section in ("heads", "ffn", "tokens")},
+        "accuracy": validation["accuracy"],
+    }
+
+
+def pictures_of(vlm: VLM, validation: dict[str, Any]) -> list[str]:
+    """Kept tokens over the sample images, cropped and scaled as the processor does it; data URIs."""
+    from infoprune_export.data.vqa import open_image
+    from infoprune_export.models.vlm import preprocess
+
+    pictures = []
+    processor: Any = vlm.processor.image_processor
+    for sample in validation["kept_tokens"]:
+        pixels = preprocess(vlm, [open_image(Path(sample["image"]))])["pixel_values"][0].float().cpu().numpy()
+        mean, std = (np.array(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
+        seen = np.clip((pixels * std + mean) * 255, 0, 255).astype(np.uint8).transpose(1, 2, 0)
+        pictures.append(plots.kept_tokens(seen, sample["kept"], validation["size"]["visual_tokens"]["original"]))
+    return pictures

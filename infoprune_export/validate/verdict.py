@@ -1,0 +1,293 @@
+"""One table from the original to the engine, and one verdict against the recipe's tolerances.
+
+A loss of accuracy or a numerical error belongs to the step behind which it first shows: heads, ffn, tokens, onnx,
+engine. The verdict is PASS when every parity holds and the engine is accurate enough; nothing else is excused by it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from infoprune_export.data.dataset import Split
+from infoprune_export.data.vqa import Sample
+from infoprune_export.engine.base import Engine
+from infoprune_export.export.onnx import VisionEncoder
+from infoprune_export.ffn.plan import FfnPlan
+from infoprune_export.heads.plan import HeadPlan
+from infoprune_export.models.calibration import inputs_of
+from infoprune_export.models.vlm import VLM
+from infoprune_export.recipe import Recipe
+from infoprune_export.tokens.select import keep_count
+from infoprune_export.validate.accuracy import (
+    agreement_scores,
+    by_kind,
+    collect_answers,
+    estimate,
+    vqa_scores,
+)
+from infoprune_export.validate.flops import count_flops
+from infoprune_export.validate.parity import Parity, compare, encoder_parity, masked
+
+Answers = Sequence[Sequence[str]]
+STEPS = {
+    "original": "the model as it came",
+    "heads": "attention heads removed",
+    "ffn": "FFNs compressed; the rewritten checkpoint",
+    "tokens": "visual tokens selected",
+    "onnx": "exported file in ONNX Runtime",
+    "engine": "engine for the target",
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A finished compression with everything it is compared to. Models are on the CPU."""
+
+    recipe: Recipe
+    split: Split
+    original: VLM
+    pruned: VLM
+    full_copy: VLM
+    """A copy of the original that may be changed."""
+    heads: HeadPlan
+    ffn: FfnPlan
+    weights: dict[str, torch.Tensor]
+    onnx: Engine
+    engine: Engine
+    baseline: Answers
+    answers: dict[str, Answers]
+    track: Callable[[str, int], Callable[[int], None]]
+
+
+def validate(subject: Subject) -> dict[str, Any]:
+    """Parity of every step, accuracy of every step, sizes, and the verdict; plain JSON types."""
+    recipe, samples = subject.recipe, subject.split.validation
+    parities = [*_rewrite_parity(subject), *_engine_parity(subject)]
+    answers = dict(subject.answers)
+    advance = subject.track("engine answers", 2 * len(samples))
+    for step, engine in (("onnx", subject.onnx), ("engine", subject.engine)):
+
+        def encode(inputs: dict[str, torch.Tensor], engine: Engine = engine) -> torch.Tensor:
+            outputs = engine.run(**{name: value.cpu().numpy() for name, value in inputs.items()})
+            return torch.from_numpy(outputs["image_features"])
+
+        answers[step] = collect_answers(subject.original, samples, encode, on_batch=advance)
+    accuracy = accuracy_table(samples, subject.split.labelled, subject.baseline, answers)
+    checks = [*_parity_checks(parities, recipe), _accuracy_check(accuracy, recipe, subject.split.labelled)]
+    return {
+        "verdict": "PASS" if all(check["passed"] for check in checks) else "FAIL",
+        "checks": checks,
+        "parity": [_finite(parity.to_dict()) for parity in parities],
+        "metric": metric_name(subject.split.labelled),
+        "accuracy": accuracy,
+        "size": _sizes(subject),
+        "heads": subject.heads.to_dict(),
+        "ffn": subject.ffn.to_dict(),
+        "kept_tokens": _sample_selections(subject),
+    }
+
+
+# ── Numbers ──────────────────────────────────────────────────────────────────
+
+
+def _rewrite_parity(subject: Subject) -> list[Parity]:
+    """Masked full-size model against the checkpoint, on validation images and on random input."""
+    recipe = subject.recipe
+    parities = []
+    with masked(subject.full_copy.tower, subject.heads, subject.ffn, subject.weights), torch.inference_mode():
+        for case, inputs in _inputs(subject):
+            expected = subject.full_copy.tower.features(inputs).numpy()
+            actual = subject.pruned.tower.features(inputs).numpy()
+            parities.append(
+                compare(expected, actual, step="rewrite", case=case, tolerance=recipe.validate_.rewrite_tolerance)
+            )
+    return parities
+
+
+def _engine_parity(subject: Subject) -> list[Parity]:
+    spec, tokens = subject.recipe.validate_, subject.recipe.tokens
+    return [
+        encoder_parity(
+            step,
+            subject.pruned.tower,
+            tokens,
+            engine,
+            inputs,
+            case=case,
+            tolerance=spec.onnx_tolerance,
+            replay_tolerance=spec.replay_tolerance,
+        )
+        for step, engine in (("onnx", subject.onnx), ("engine", subject.engine))
+        for case, inputs in _inputs(subject)
+    ]
+
+
+def _inputs(subject: Subject) -> list[tuple[str, dict[str, torch.Tensor]]]:
+    """Batches of several sizes, of validation images and of random input."""
+    samples = subject.split.validation
+    cases = []
+    for size in subject.recipe.validate_.parity_batches:
+        images = [samples[i % len(samples)] for i in range(size)]
+        cases.append((f"{size} image{'s' if size > 1 else ''}", inputs_of(subject.original, images)))
+    generator = torch.Generator().manual_seed(subject.recipe.seed)
+    cases.append(("2 random", subject.original.tower.example_inputs(2, generator)))
+    return cases
+
+
+# ── Accuracy ─────────────────────────────────────────────────────────────────
+
+
+def metric_name(labelled: bool) -> str:
+    return "VQA accuracy" if labelled else "agreement with the original"
+
+
+def accuracy_table(
+    samples: Sequence[Sample], labelled: bool, baseline: Answers, answers: dict[str, Answers]
+) -> list[dict[str, Any]]:
+    """One row per step: mean, and paired differences to the original and to the step before, with standard errors."""
+
+    def scores_of(given: Answers) -> NDArray[np.float64]:
+        return vqa_scores(samples, given) if labelled else agreement_scores(given, baseline)
+
+    known = {"original": baseline, **answers}
+    first = previous = scores_of(baseline)
+    rows = []
+    for step in (step for step in STEPS if step in known):
+        scores = scores_of(known[step])
+        rows.append(
+            {
+                "step": step,
+                "meaning": STEPS[step],
+                **estimate(samples, scores).to_dict(),
+                "to_original": estimate(samples, scores - first).to_dict(),
+                "to_previous": estimate(samples, scores - previous).to_dict(),
+                "by_kind": dict(by_kind(samples, scores)),
+            }
+        )
+        previous = scores
+    return rows
+
+
+def summarize_variant(
+    recipe: Recipe,
+    split: Split,
+    plans: tuple[HeadPlan, Any, FfnPlan, Any],
+    baseline: Answers,
+    answers: dict[str, Answers],
+) -> dict[str, Any]:
+    """What the report shows of a variant: its settings, sizes and accuracies."""
+    heads, _, ffn, _ = plans
+    return {
+        "heads_removed": heads.removed_fraction,
+        "ffn_macs_kept": ffn.kept_fraction,
+        "tokens_kept": float(recipe.tokens.keep_ratio) if recipe.tokens.method != "none" else 1.0,
+        "methods": {"heads": recipe.heads.method, "ffn": recipe.ffn.method, "tokens": recipe.tokens.method},
+        "accuracy": accuracy_table(split.validation, split.labelled, baseline, answers),
+    }
+
+
+# ── Sizes and pictures ───────────────────────────────────────────────────────
+
+
+def _sizes(subject: Subject) -> dict[str, Any]:
+    """Counts on the original and the compressed encoder, selection included."""
+    inputs = subject.original.tower.example_inputs(1, torch.Generator().manual_seed(0))
+    tokens = subject.recipe.tokens
+    sides = {
+        "original": (VisionEncoder(subject.original.tower, None), subject.original),
+        "compressed": (VisionEncoder(subject.pruned.tower, tokens), subject.pruned),
+    }
+    with torch.inference_mode():
+        visual = subject.original.tower.features(inputs).shape[1]
+    kept = (
+        visual
+        if tokens.method == "none"
+        else keep_count(visual, tokens.keep_ratio.numerator, tokens.keep_ratio.denominator)
+    )
+    return {
+        "flops_per_image": {side: count_flops(encoder, inputs) for side, (encoder, _) in sides.items()},
+        "block_parameters": {
+            side: sum(p.numel() for block in vlm.tower.blocks for p in block.module.parameters())
+            for side, (_, vlm) in sides.items()
+        },
+        "visual_tokens": {"original": visual, "compressed": kept},
+        "heads_removed": subject.heads.removed_fraction,
+        "ffn_macs_kept": subject.ffn.kept_fraction,
+    }
+
+
+def _sample_selections(subject: Subject, count: int = 6) -> list[dict[str, Any]]:
+    """Kept tokens of the first validation images, for the report's pictures."""
+    if subject.recipe.tokens.method == "none":
+        return []
+    samples = subject.split.validation[:count]
+    inputs = inputs_of(subject.original, samples)
+    outputs = subject.engine.run(**{name: value.numpy() for name, value in inputs.items()})
+    return [
+        {"image": str(sample.image), "kept": kept.tolist()}
+        for sample, kept in zip(samples, outputs["kept_indices"], strict=True)
+    ]
+
+
+# ── Checks ───────────────────────────────────────────────────────────────────
+
+
+def _parity_checks(parities: Sequence[Parity], recipe: Recipe) -> list[dict[str, Any]]:
+    checks = []
+    for step, what in (("rewrite", "masked = rewritten"), ("onnx", "PyTorch = ONNX"), ("engine", "PyTorch = engine")):
+        mine = [parity for parity in parities if parity.step == step]
+        worst = max(mine, key=lambda parity: parity.relative_error)
+        checks.append(
+            _check(
+                what,
+                all(p.relative_error <= p.tolerance for p in mine),
+                worst.relative_error,
+                worst.tolerance,
+                f"worst: {worst.case}",
+            )
+        )
+        if worst.kept_suboptimality is not None:
+            value = max(p.kept_suboptimality or 0.0 for p in mine)
+            limit = recipe.validate_.replay_tolerance
+            checks.append(
+                _check(f"kept tokens, {what}", value <= limit, value, limit, "worst step under replay in float64")
+            )
+    return checks
+
+
+def _accuracy_check(rows: Sequence[dict[str, Any]], recipe: Recipe, labelled: bool) -> dict[str, Any]:
+    last = rows[-1]
+    if labelled:
+        drop, error = -last["to_original"]["percent"], last["to_original"]["standard_error"]
+        limit = recipe.validate_.max_accuracy_drop
+        return _check("accuracy lost, points", drop <= limit, drop, limit, f"standard error {error:.2f}")
+    value, limit = last["percent"] / 100, recipe.validate_.min_agreement
+    return {
+        **_check("answers equal to the original's", value >= limit, value, limit, f"{last['questions']} questions"),
+        "at_least": True,
+    }
+
+
+def _check(what: str, passed: bool, value: float, limit: float, detail: str) -> dict[str, Any]:
+    return _finite(
+        {
+            "what": what,
+            "passed": bool(passed),
+            "value": float(value),
+            "limit": float(limit),
+            "detail": detail,
+            "at_least": False,
+        }
+    )
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity; an infinite error is written as null and is always a failure."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
