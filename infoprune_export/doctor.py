@@ -62,10 +62,17 @@ class Package:
     """Imported to see that it loads. Empty for backends, which have their own check, and for tools run as commands."""
     aliases: tuple[str, ...] = ()
     """Distributions that install the same thing under another name."""
+    below: str = ""
+
+    @property
+    def supported(self) -> str:
+        """The supported range as pip writes it; empty when any version does."""
+        bounds = ((">=", self.minimum), ("<", self.below))
+        return ",".join(sign + bound for sign, bound in bounds if bound)
 
     @property
     def requirement(self) -> str:
-        return f"{self.name}>={self.minimum}" if self.minimum else self.name
+        return self.name + self.supported
 
     @property
     def install(self) -> str:
@@ -79,36 +86,42 @@ class Package:
 
 ONNXRUNTIME = Package("onnxruntime", "1.22", extra="cpu")
 ONNXRUNTIME_GPU = Package("onnxruntime-gpu", "1.22", extra="gpu")
-TENSORRT = Package("tensorrt", "10.3", extra="tensorrt", aliases=("tensorrt-cu13", "tensorrt-cu12"))
+TENSORRT = Package("tensorrt", "10.3", extra="tensorrt", aliases=("tensorrt-cu13", "tensorrt-cu12"), below="12")
 TORCH = Package("torch", "2.11", module="torch")
 
 PACKAGES = (
-    Package("numpy", module="numpy"),
+    Package("numpy", "1.26", module="numpy"),
     TORCH,
     Package("transformers", "5.17", module="transformers"),
-    Package("tokenizers", module="tokenizers"),
-    Package("safetensors", module="safetensors"),
-    Package("accelerate", module="accelerate"),
+    Package("tokenizers", "0.21", module="tokenizers"),
+    Package("safetensors", "0.4.3", module="safetensors"),
+    Package("accelerate", "1.0", module="accelerate"),
     Package("optimum", "2.0", module="optimum"),
+    Package("requests", "2.31", module="requests"),
     Package("onnx", "1.19", module="onnx"),
     Package("onnxscript", "0.6", module="onnxscript"),
-    Package("onnx-ir", module="onnx_ir"),
-    Package("pillow", module="PIL.Image"),
-    Package("matplotlib", module="matplotlib"),
-    Package("jinja2", module="jinja2"),
-    Package("pyyaml", module="yaml"),
+    Package("onnx-ir", "0.1.9", module="onnx_ir"),
+    Package("pillow", "10.1", module="PIL.Image"),
+    Package("matplotlib", "3.9", module="matplotlib"),
+    Package("jinja2", "3.1", module="jinja2"),
+    Package("pyyaml", "6.0", module="yaml"),
     Package("pydantic", "2.10", module="pydantic"),
+    Package("filelock", "3.12", module="filelock"),
     Package("click", "8.1", module="click"),
-    Package("rich", "13", module="rich"),
+    Package("rich", "13.7", module="rich"),
     ONNXRUNTIME,
     ONNXRUNTIME_GPU,
     TENSORRT,
-    Package("lmms-eval", extra="lmms"),
-    Package("pytest", extra="dev"),
-    Package("hypothesis", extra="dev"),
-    Package("ruff", extra="dev"),
-    Package("mypy", extra="dev"),
+    Package("lmms-eval", "0.3", extra="lmms"),
+    Package("pytest", "8.0", extra="dev"),
+    Package("pytest-cov", "5.0", extra="dev"),
+    Package("hypothesis", "6.100", extra="dev"),
+    Package("ruff", "0.9", extra="dev"),
+    Package("mypy", "1.15", extra="dev"),
+    Package("scipy", "1.11", extra="dev"),
+    Package("types-pyyaml", extra="dev"),
 )
+"""What pyproject.toml declares, with what it cannot say; a test holds the two together."""
 
 _DRIVER_LIBRARY = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
 _JETSON_RELEASE = Path("/etc/nv_tegra_release")
@@ -302,7 +315,7 @@ def check_packages(driver: Driver) -> list[Finding]:
 
 def _check_package(package: Package, driver: Driver) -> Finding:
     role = f"extra {package.extra}" if package.extra else "required"
-    wanted = f"{role}, >={package.minimum}" if package.minimum else role
+    wanted = f"{role}, {package.supported}" if package.supported else role
 
     def finding(status: Status, detail: str, fix: str | None = None) -> Finding:
         return Finding("packages", package.name, status, f"{detail} ({wanted})", fix)
@@ -321,6 +334,8 @@ def _check_package(package: Package, driver: Driver) -> Finding:
         return finding("problem", "version unknown, its metadata is damaged", package.reinstall)
     if _release(version) < _release(package.minimum):
         return finding("problem", f"{shown} is too old", package.install)
+    if package.below and _release(version) >= _release(package.below):
+        return finding("problem", f"{shown} is too new", package.install)
     if package.module:
         try:
             _import(package.module)

@@ -33,7 +33,7 @@ from infoprune_export.artifacts import (
     write_text,
 )
 from infoprune_export.errors import InfopruneError
-from infoprune_export.recipe import Recipe, Target, load_target
+from infoprune_export.recipe import ModelSpec, Recipe, Target, load_target
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -101,9 +101,12 @@ class Run:
     @cached_property
     def original(self) -> VLM:
         """The unchanged model. Stages must leave it so."""
-        from infoprune_export.models.vlm import load
+        return load_vlm(self.recipe.model, self.device)
 
-        return load(self.recipe.model, self.device)
+    @cached_property
+    def original_on_cpu(self) -> VLM:
+        """The unchanged model where export and parity look at it."""
+        return self.original if self.device == "cpu" else load_vlm(self.recipe.model, "cpu")
 
     def track(self, title: str, total: int) -> Callable[[int], None]:
         """A progress line below the stage's; the returned function advances it."""
@@ -117,6 +120,14 @@ class Run:
         return advance
 
 
+def load_vlm(spec: ModelSpec, device: str) -> VLM:
+    """`models.vlm.load`, which with `rewrite.checkpoint` imported reads pruned checkpoints too."""
+    import infoprune_export.rewrite.checkpoint  # noqa: F401
+    from infoprune_export.models.vlm import load
+
+    return load(spec, device)
+
+
 def execute(run: Run, stages: Mapping[str, Stage], last: str, *, force: bool = False) -> Path:
     """Bring the run up to date through stage `last`, whose folder is returned.
 
@@ -125,6 +136,7 @@ def execute(run: Run, stages: Mapping[str, Stage], last: str, *, force: bool = F
     Raises:
         InfopruneError: see the stages; also a damaged artefact, an unwritable folder, another run in the same folder.
     """
+    created = not run.folder.exists()
     make_folder(run.folder)
     lock = FileLock(run.folder / ".lock")
     try:
@@ -137,6 +149,10 @@ def execute(run: Run, stages: Mapping[str, Stage], last: str, *, force: bool = F
         write_text(run.folder / "recipe.json", canonical_json(run.recipe.to_dict()))
         for name in order(stages, last):
             run.finished[name] = _bring_up_to_date(run, stages[name], force=force and name == last)
+    except BaseException:
+        if created and not run.finished:
+            shutil.rmtree(run.folder, ignore_errors=True)
+        raise
     finally:
         lock.release()
     return run.finished[last]

@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 from rich.console import Console
 
@@ -148,29 +152,44 @@ def test_speaks_on_an_interpreter_with_nothing_installed(tmp_path: Path) -> None
     code += "findings = doctor.examine()\ndoctor.render(findings)\nprint(doctor.worst(findings))"
     lines = run_python(code, "-I", "-S").splitlines()
     assert "  pip install 'torch>=2.11'" in lines
-    assert "  pip install 'rich>=13'" in lines
+    assert "  pip install 'rich>=13.7'" in lines
     assert lines[-1] == "problem"
 
 
 # ── Packages ─────────────────────────────────────────────────────────────────
 
 
+def test_table_says_what_pyproject_declares() -> None:
+    path = Path(__file__).parents[1] / "pyproject.toml"
+    project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+    declared = {"": project["dependencies"], **project["optional-dependencies"]}
+    expected = {
+        (canonicalize_name(requirement.name), requirement.specifier, extra)
+        for extra, entries in declared.items()
+        for requirement in map(Requirement, entries)
+    }
+    assert {(p.name, SpecifierSet(p.supported), p.extra) for p in doctor.PACKAGES} == expected
+
+
 @pytest.mark.parametrize("name", [p.name for p in doctor.PACKAGES if not p.extra])
 def test_absent_required_package_is_a_problem(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_installed_version", without(name))
-    (finding,) = [f for f in doctor.check_packages(NO_DRIVER) if f.status == "problem"]
+    finding = next(f for f in doctor.check_packages(NO_DRIVER) if f.subject == name)
     package = next(p for p in doctor.PACKAGES if p.name == name)
-    assert finding.subject == name
-    assert finding.fix == f"pip install '{name}{'>=' if package.minimum else ''}{package.minimum}'"
+    assert finding.status == "problem"
+    assert finding.fix == f"pip install '{name}>={package.minimum}'"
 
 
-def test_outdated_packages_are_problems(tmp_path: Path) -> None:
+def test_packages_outside_the_supported_range_are_problems(tmp_path: Path) -> None:
     plant_distribution(tmp_path, "click", "8.0.4")
     plant_distribution(tmp_path, "onnxruntime", "1.9.0")
+    plant_distribution(tmp_path, "tensorrt", "12.0.1")
     found = diagnose("check_packages(Driver(0))", tmp_path)
     assert (found["click"].status, found["click"].fix) == ("problem", "pip install 'click>=8.1'")
     assert found["click"].detail == "8.0.4 is too old (required, >=8.1)"
     assert (found["onnxruntime"].status, found["onnxruntime"].fix) == ("problem", "pip install 'infoprune-export[cpu]'")
+    assert found["tensorrt"].status == "problem"
+    assert found["tensorrt"].detail == "12.0.1 is too new (extra tensorrt, >=10.3,<12)"
 
 
 @pytest.mark.parametrize(
@@ -188,7 +207,7 @@ def test_package_that_breaks_on_import_is_a_problem_with_its_reason(source: str,
     finding = diagnose("check_packages(Driver(0))", tmp_path)["jinja2"]
     assert finding.status == "problem"
     assert reason in finding.detail
-    assert finding.fix == "pip install --force-reinstall --no-deps 'jinja2' && pip install 'jinja2'"
+    assert finding.fix == "pip install --force-reinstall --no-deps 'jinja2>=3.1' && pip install 'jinja2>=3.1'"
 
 
 def test_damaged_metadata_is_a_problem(tmp_path: Path) -> None:
@@ -210,9 +229,10 @@ def test_without_onnxruntime_the_one_that_fits_is_offered(
     driver: Driver, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "_installed_version", without("onnxruntime", "onnxruntime-gpu"))
-    (finding,) = [f for f in doctor.check_packages(driver) if f.status == "problem"]
-    assert finding.fix == f"pip install 'infoprune-export[{extra}]'"
-    assert f"pip install 'infoprune-export[{extra}]'" in doctor.commands([finding])
+    runtimes = [f for f in doctor.check_packages(driver) if f.subject.startswith("onnxruntime")]
+    assert sorted(f.status for f in runtimes) == ["info", "problem"]
+    assert doctor.commands(runtimes) == [f"pip install 'infoprune-export[{extra}]'"]
+    assert doctor.commands(runtimes, optional=True) == []
 
 
 def test_the_second_onnxruntime_is_never_offered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,12 +476,23 @@ def test_report_prints_commands_that_can_be_pasted() -> None:
     assert [line for line in lines if "backends" in line and "none found" in line]
 
 
-@pytest.mark.parametrize("planted", ["none", "clash"])
-def test_module_exits_with_1_on_problems_only(planted: str, tmp_path: Path) -> None:
-    if planted == "clash":
-        plant_distribution(tmp_path, "onnxruntime", "1.31.1")
-        plant_distribution(tmp_path, "onnxruntime-gpu", "1.31.1")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(doctor.__file__).parents[1])])}
-    command = [sys.executable, "-m", "infoprune_export.doctor"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == (planted == "clash"), done.stdout + done.stderr
+@pytest.mark.parametrize("status", ["ok", "warning", "problem"])
+def test_module_exits_with_1_on_problems_only(status: str, tmp_path: Path) -> None:
+    """As a program, on an interpreter with empty packages of the oldest supported versions; rich is one of them."""
+    package = tmp_path / "infoprune_export"
+    package.mkdir()
+    for name in ("__init__.py", "doctor.py"):
+        shutil.copy(Path(doctor.__file__).parent / name, package)
+    for entry in doctor.PACKAGES:
+        if entry.extra in ("", "cpu"):
+            plant_distribution(tmp_path, entry.name, entry.minimum)
+            top, _, below = entry.module.partition(".")
+            if top:
+                (plant_package(tmp_path, top, "") / f"{below or 'none'}.py").touch()
+    providers = PROVIDERS if status == "warning" else PROVIDERS.replace("'CUDAExecutionProvider', ", "")
+    plant_package(tmp_path, "onnxruntime", providers if status != "problem" else "")
+    code = f"import runpy, sys; sys.path.append({str(tmp_path)!r})\n"
+    code += "runpy.run_module('infoprune_export.doctor', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == (status == "problem"), done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith("1 problem" if status == "problem" else "0 problems")

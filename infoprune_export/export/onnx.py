@@ -56,14 +56,19 @@ def export_onnx(tower: VisionTower, tokens: TokensSpec | None, folder: Path, *, 
 
     The tower must be on the CPU and in evaluation mode.
     """
-    encoder = VisionEncoder(tower, tokens).eval()
+    encoder = VisionEncoder(tower, tokens)
     example = tower.example_inputs(2, torch.Generator().manual_seed(0))
+    export_module(encoder, example["pixel_values"], encoder.output_names, folder, opset=opset)
+
+
+def export_module(module: nn.Module, pixel_values: Tensor, outputs: list[str], folder: Path, *, opset: int) -> None:
+    """`export_onnx` for any module from pixel values [B, ...] to named outputs; B is at least 2 in the example."""
     with torch.no_grad():
         program = torch.onnx.export(
-            encoder,
-            (example["pixel_values"],),
+            module.eval(),
+            (pixel_values,),
             input_names=["pixel_values"],
-            output_names=encoder.output_names,
+            output_names=outputs,
             dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch", min=1)}},
             opset_version=opset,
             dynamo=True,

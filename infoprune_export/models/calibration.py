@@ -35,7 +35,8 @@ class TaskLoss:
     """How far a changed tower is from doing its job, differentiable in the tower's parameters.
 
     With labels: cross-entropy of the answers to `questions_per_image` random questions per image. Without: mean squared
-    distance of the language model's visual tokens to the original ones, relative to their variance.
+    distance of the language model's visual tokens to those of `original`, relative to their variance; `original` must
+    be a tower that nothing is done to, gates included.
     """
 
     def __init__(self, labelled: bool, original: VisionTower, questions_per_image: int = 1) -> None:

@@ -168,6 +168,7 @@ class LlavaClipTower(VisionTower):
             raise InfopruneError(f"vision_feature_layer {layer} is outside the tower's {depth} blocks")
         self.hidden_size = vision.hidden_size
         self.image_size = vision.image_size
+        self.tokens_per_image = (vision.image_size // vision.patch_size) ** 2
         head_dim = vision.hidden_size // vision.num_attention_heads
         self.blocks = [ClipBlock(module, head_dim) for module in self._clip.encoder.layers[:executed]]
 

@@ -110,6 +110,8 @@ class VisionTower(ABC):
 
     family: str
     hidden_size: int
+    tokens_per_image: int
+    """Visual tokens without selection, N."""
     blocks: Sequence[Block]
     priors: tuple[Prior, ...]
     """Attention priors this family can give."""

@@ -6,6 +6,7 @@ model answers from the original tower, the pruned one, or an engine.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
-import infoprune_export.rewrite.checkpoint  # noqa: F401  (teaches transformers to read pruned checkpoints)
 from infoprune_export.data import testbed
 from infoprune_export.errors import InfopruneError
 from infoprune_export.models import check_family, tower_of
@@ -40,6 +40,26 @@ class VLM:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """What the language model gets to see of a batch of images."""
+
+    features: Tensor
+    """[B, T, D_llm]."""
+    positions: Tensor | None = None
+    """Which of its image's `total` tokens each one was, ascending int64 [B, T]; None numbers them 0..T-1.
+
+    With positions the language model's position ids keep their gaps: every kept token, and the text behind the image,
+    stays where it would be without selection.
+    """
+    total: int = 0
+
+    def rows(self, index: Sequence[int]) -> VisualTokens:
+        """The images of these batch rows, repeated as asked for."""
+        picks = list(index)
+        return VisualTokens(self.features[picks], None if self.positions is None else self.positions[picks], self.total)
 
 
 # ── Loading ──────────────────────────────────────────────────────────────────
@@ -116,6 +136,14 @@ def load(spec: ModelSpec, device: str | torch.device = "cpu", dtype: torch.dtype
     return VLM(model.eval().to(device), processor, tower_of(model))
 
 
+def writable_copy(vlm: VLM) -> VLM:
+    """A VLM whose tower can be operated on; every weight outside the tower's blocks is shared with the original."""
+    own = {id(p) for block in vlm.tower.blocks for p in block.module.parameters()}
+    shared = {id(p): p for p in vlm.model.parameters() if id(p) not in own}
+    model = copy.deepcopy(vlm.model, memo=dict(shared))
+    return VLM(model, vlm.processor, tower_of(model))
+
+
 # ── Inputs ───────────────────────────────────────────────────────────────────
 
 
@@ -148,19 +176,37 @@ def _embed(vlm: VLM, rows: Sequence[Sequence[int]], features: Tensor) -> tuple[T
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=vlm.device)
     embeds = vlm.model.get_input_embeddings()(ids)
     placeholders = (ids == vlm.model.config.image_token_id) & mask.bool()
-    return embeds.masked_scatter(placeholders[..., None], features.to(embeds.dtype)), mask
+    return embeds.masked_scatter(placeholders[..., None], features.to(embeds)), mask
+
+
+def _position_ids(vlm: VLM, rows: Sequence[Sequence[int]], mask: Tensor, visual: VisualTokens) -> Tensor:
+    """Position of every embedding of left-padded `rows`, [B, L]; see `VisualTokens.positions`."""
+    ids = (mask.cumsum(1) - 1).clamp_min(0)
+    if visual.positions is None:
+        return ids
+    kept = visual.positions.shape[1]
+    for i, row in enumerate(rows):
+        first = ids.shape[1] - len(row) + row.index(vlm.model.config.image_token_id)
+        ids[i, first : first + kept] = ids[i, first] + visual.positions[i].to(ids.device)
+        ids[i, first + kept :] += visual.total - kept
+    return ids
 
 
 # ── Answers ──────────────────────────────────────────────────────────────────
 
 
 @torch.inference_mode()
-def answer(vlm: VLM, features: Tensor, questions: Sequence[str], max_new_tokens: int = 8) -> list[str]:
-    """Greedy answers to one question per row of `features` [B, T, D_llm]."""
-    rows = [prompt_ids(vlm, question, features.shape[1]) for question in questions]
-    embeds, mask = _embed(vlm, rows, features)
+def answer(vlm: VLM, visual: VisualTokens, questions: Sequence[str], max_new_tokens: int = 8) -> list[str]:
+    """Greedy answers to one question per image of `visual`."""
+    rows = [prompt_ids(vlm, question, visual.features.shape[1]) for question in questions]
+    embeds, mask = _embed(vlm, rows, visual.features)
     generated = vlm.model.generate(
-        inputs_embeds=embeds, attention_mask=mask, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=_position_ids(vlm, rows, mask, visual),
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
     )
     texts: list[str] = vlm.processor.tokenizer.batch_decode(generated, skip_special_tokens=True)
     return [text.strip() for text in texts]

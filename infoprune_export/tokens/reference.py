@@ -38,7 +38,7 @@ def literal_selection(
     exponent: float = 0.5,
     epsilon: float = EPSILON,
 ) -> list[int]:
-    """Kept tokens of one image [N, D] in the order Algorithm 1 chooses them, with the explicit basis it is written with."""
+    """Kept tokens of one image [N, D] in the order of Algorithm 1, with the explicit basis it is written with."""
     keep = keep_count(len(features), numerator, denominator)
     pool, z = scaled_pool(features, prior, keep, pool_factor, temperature, exponent)
     norms = (z**2).sum(1)

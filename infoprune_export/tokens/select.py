@@ -15,12 +15,14 @@ fp32 whatever the model's dtype. Decisions the paper leaves open:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from infoprune_export.models.tower import VisionTower
+from infoprune_export.models.vlm import VisualTokens
 from infoprune_export.recipe import TokensSpec
 
 EPSILON = 1e-5
@@ -130,6 +132,13 @@ def merge_tokens(features: Tensor, kept: Tensor, inertia: float) -> Tensor:
     assignment = ((nearest[:, None, :] == slots[:, None]) & dropped[:, None, :]).float()
     merged = (inertia * anchors + assignment @ x) / (inertia + assignment.sum(-1, keepdim=True))
     return merged.to(features.dtype)
+
+
+def visible(tower: VisionTower, spec: TokensSpec, outputs: Mapping[str, Tensor]) -> VisualTokens:
+    """An encoder's named outputs as the language model sees them, with the position ids the recipe asks for."""
+    kept = outputs.get("kept_indices")
+    positions = kept if kept is not None and spec.positions == "original" else None
+    return VisualTokens(outputs["image_features"], positions, tower.tokens_per_image)
 
 
 def select_and_merge(

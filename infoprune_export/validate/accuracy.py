@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from infoprune_export.data.vqa import Sample, vqa_accuracy
 from infoprune_export.models.calibration import batches, inputs_of
-from infoprune_export.models.vlm import VLM, answer
+from infoprune_export.models.vlm import VLM, VisualTokens, answer
 
-Encode = Callable[[dict[str, Tensor]], Tensor]
-"""Tower inputs to visual tokens in the language model's space, [B, T, D_llm]."""
+Encode = Callable[[dict[str, torch.Tensor]], VisualTokens]
+"""Tower inputs to what the language model sees."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,9 @@ def collect_answers(
     answers: list[list[str]] = []
     for batch in batches(samples, batch_size):
         with torch.inference_mode():
-            features = encode(inputs_of(vlm, batch)).to(vlm.device)
+            visual = encode(inputs_of(vlm, batch))
         rows = [row for row, sample in enumerate(batch) for _ in sample.questions]
-        texts = answer(vlm, features[rows], [question.text for sample in batch for question in sample.questions])
+        texts = answer(vlm, visual.rows(rows), [question.text for sample in batch for question in sample.questions])
         for sample in batch:
             answers.append(texts[: len(sample.questions)])
             texts = texts[len(sample.questions) :]

@@ -22,9 +22,9 @@ from infoprune_export.export.onnx import VisionEncoder
 from infoprune_export.ffn.plan import FfnPlan
 from infoprune_export.heads.plan import HeadPlan
 from infoprune_export.models.calibration import inputs_of
-from infoprune_export.models.vlm import VLM
+from infoprune_export.models.vlm import VLM, VisualTokens
 from infoprune_export.recipe import Recipe
-from infoprune_export.tokens.select import keep_count
+from infoprune_export.tokens.select import keep_count, visible
 from infoprune_export.validate.accuracy import (
     agreement_scores,
     by_kind,
@@ -48,10 +48,12 @@ STEPS = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A finished compression with everything it is compared to. Models are on the CPU."""
+    """A finished compression with everything it is compared to. Models are on the CPU, but for `answering`."""
 
     recipe: Recipe
     split: Split
+    answering: VLM
+    """The original on the run's device; its language model answers for every engine."""
     original: VLM
     pruned: VLM
     full_copy: VLM
@@ -74,11 +76,11 @@ def validate(subject: Subject) -> dict[str, Any]:
     advance = subject.track("engine answers", 2 * len(samples))
     for step, engine in (("onnx", subject.onnx), ("engine", subject.engine)):
 
-        def encode(inputs: dict[str, torch.Tensor], engine: Engine = engine) -> torch.Tensor:
+        def encode(inputs: dict[str, torch.Tensor], engine: Engine = engine) -> VisualTokens:
             outputs = engine.run(**{name: value.cpu().numpy() for name, value in inputs.items()})
-            return torch.from_numpy(outputs["image_features"])
+            return visible(subject.original.tower, recipe.tokens, {k: torch.from_numpy(v) for k, v in outputs.items()})
 
-        answers[step] = collect_answers(subject.original, samples, encode, on_batch=advance)
+        answers[step] = collect_answers(subject.answering, samples, encode, on_batch=advance)
     accuracy = accuracy_table(samples, subject.split.labelled, subject.baseline, answers)
     checks = [*_parity_checks(parities, recipe), _accuracy_check(accuracy, recipe, subject.split.labelled)]
     return {

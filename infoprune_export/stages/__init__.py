@@ -1,0 +1,102 @@
+"""The stages of a run: each reads upstream folders, calls one room, and writes one folder.
+
+::
+
+    data ─► gates ─► heads ─► ffn ─► checkpoint ─► accuracy ─► validation ─► report
+      └───► baseline ────────────────────┬──────────►┘  ▲          ▲           ▲
+                                         └─► onnx ─► engine ───────┘           │
+                                               └───► bench ────────────────────┤
+                                                     variants ─────────────────┘
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from infoprune_export.pipeline import Stage
+from infoprune_export.recipe import Recipe
+from infoprune_export.stages.common import check_everything
+from infoprune_export.stages.compress import (
+    data_slice,
+    make_accuracy,
+    make_baseline,
+    make_checkpoint,
+    make_data,
+    make_ffn,
+    make_gates,
+    make_heads,
+)
+from infoprune_export.stages.deliver import (
+    make_bench,
+    make_engine,
+    make_onnx,
+    make_report,
+    make_validation,
+    make_variants,
+)
+
+__all__ = ["STAGES", "check_everything"]
+
+
+def _sections(*names: str) -> Any:
+    def pick(recipe: Recipe) -> dict[str, Any]:
+        tree = recipe.to_dict()
+        return {name: tree[name] for name in names}
+
+    return pick
+
+
+def _gates_slice(recipe: Recipe) -> dict[str, Any]:
+    heads = recipe.to_dict()["heads"]
+    # Training does not look at how many heads go afterwards.
+    return {"heads": {k: v for k, v in heads.items() if k not in ("remove", "threshold")}, "seed": recipe.seed}
+
+
+def _target_slice(recipe: Recipe) -> dict[str, Any]:
+    from infoprune_export.recipe import load_target
+
+    return {"target": load_target(recipe.engine.target).model_dump(mode="json")}
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("data", "calibration and validation data", (), data_slice, make_data, uses_model=False),
+        Stage("baseline", "answers of the original", ("data",), _sections(), make_baseline),
+        Stage("gates", "head gates trained", ("data",), _gates_slice, make_gates, resumable=True),
+        Stage("heads", "heads chosen and refitted", ("data", "gates"), _sections("heads", "refit"), make_heads),
+        Stage("ffn", "FFNs compressed", ("data", "heads"), _sections("ffn", "refit", "seed"), make_ffn),
+        Stage("checkpoint", "model rewritten", ("heads", "ffn"), _sections(), make_checkpoint),
+        Stage(
+            "accuracy",
+            "answers of the compressed",
+            ("data", "baseline", "heads", "ffn", "checkpoint"),
+            _sections("tokens"),
+            make_accuracy,
+        ),
+        Stage("onnx", "ONNX exported", ("checkpoint",), _sections("tokens", "export", "seed"), make_onnx),
+        Stage("engine", "engine built", ("onnx",), _target_slice, make_engine),
+        Stage(
+            "validation",
+            "validated",
+            ("data", "baseline", "heads", "ffn", "checkpoint", "accuracy", "onnx", "engine"),
+            _sections("validate", "tokens", "seed"),
+            make_validation,
+        ),
+        Stage("bench", "latency measured", ("onnx", "checkpoint"), _sections("bench", "engine"), make_bench),
+        Stage(
+            "variants",
+            "variants run",
+            ("data", "baseline", "gates"),
+            lambda recipe: {k: v for k, v in recipe.to_dict().items() if k not in ("validate", "bench", "description")},
+            make_variants,
+        ),
+        Stage(
+            "report",
+            "report written",
+            ("gates", "validation", "bench", "variants"),
+            _sections("description", "name"),
+            make_report,
+        ),
+    )
+}

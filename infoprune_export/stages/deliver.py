@@ -1,0 +1,144 @@
+"""Stages from the ONNX file to the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from infoprune_export.artifacts import canonical_json
+from infoprune_export.pipeline import Run, execute
+from infoprune_export.recipe import variant_of
+from infoprune_export.stages.common import open_checkpoint, read_json, read_plans
+
+# ── Export and engine ────────────────────────────────────────────────────────
+
+
+def make_onnx(run: Run, folder: Path) -> None:
+    """The compressed encoder with selection, the original without, and golden inputs and outputs."""
+    from safetensors.numpy import save_file
+
+    from infoprune_export.export.onnx import export_onnx, golden_io
+
+    compressed, original = open_checkpoint(run), run.original_on_cpu
+    tokens = run.recipe.tokens
+    for name, vlm, selection in (("compressed", compressed, tokens), ("original", original, None)):
+        (folder / name).mkdir()
+        export_onnx(vlm.tower, selection, folder / name, opset=run.recipe.export.opset)
+    save_file(golden_io(compressed.tower, tokens, batch_size=2, seed=run.recipe.seed), folder / "golden.safetensors")
+
+
+def make_engine(run: Run, folder: Path) -> None:
+    """Build for the target and run it once on the golden inputs."""
+    from safetensors.numpy import load_file
+
+    from infoprune_export.engine import backend_of
+    from infoprune_export.export.onnx import MODEL
+
+    source = run.folder_of("onnx")
+    engine = backend_of(run.target).build(source / "compressed" / MODEL, folder, run.target)
+    engine.run(pixel_values=load_file(source / "golden.safetensors")["pixel_values"])
+
+
+# ── Validation, bench, report ────────────────────────────────────────────────
+
+
+def make_validation(run: Run, folder: Path) -> None:
+    """Parity, accuracy and the verdict."""
+    from infoprune_export.validate.verdict import validate
+
+    (folder / "validation.json").write_text(canonical_json(validate(_subject(run))), encoding="utf-8")
+
+
+def _subject(run: Run) -> Any:
+    """Everything validation compares, loaded."""
+    from infoprune_export.engine import open_engine
+    from infoprune_export.engine.onnxruntime import OnnxRuntimeEngine, open_session
+    from infoprune_export.export.onnx import MODEL
+    from infoprune_export.models.vlm import writable_copy
+    from infoprune_export.recipe import Target
+    from infoprune_export.validate.verdict import Subject
+
+    heads, head_weights, ffn, ffn_weights = read_plans(run)
+    # The exported file is judged on the portable provider, the engine on its own.
+    portable = Target(
+        name="onnx",
+        description="the exported file",
+        backend="onnxruntime",
+        providers=("CPUExecutionProvider",),
+        threads=0,
+    )
+    return Subject(
+        recipe=run.recipe,
+        split=run.split,
+        answering=run.original,
+        original=run.original_on_cpu,
+        pruned=open_checkpoint(run),
+        full_copy=writable_copy(run.original_on_cpu),
+        heads=heads,
+        ffn=ffn,
+        weights={**head_weights, **ffn_weights},
+        onnx=OnnxRuntimeEngine(open_session(run.folder_of("onnx") / "compressed" / MODEL, portable), {}),
+        engine=open_engine(run.folder_of("engine"), run.target),
+        baseline=read_json(run.folder_of("baseline") / "answers.json"),
+        answers=read_json(run.folder_of("accuracy") / "answers.json"),
+        track=run.track,
+    )
+
+
+def make_bench(run: Run, folder: Path) -> None:
+    """Latency of the original and the compressed encoder; wall-clock figures, different at every measurement."""
+    from infoprune_export.validate.bench import bench_onnx
+
+    source = run.folder_of("onnx")
+    advance = run.track(
+        "bench rounds", len(run.recipe.bench.batch_sizes) * (run.recipe.bench.rounds + run.recipe.bench.warmup)
+    )
+    result = bench_onnx(
+        source,
+        open_checkpoint(run).tower,
+        run.original_on_cpu.tower,
+        run.recipe.tokens,
+        run.target,
+        run.recipe.bench,
+        on_round=lambda _: advance(1),
+    )
+    (folder / "bench.json").write_text(canonical_json(result), encoding="utf-8")
+
+
+def make_variants(run: Run, folder: Path) -> None:
+    """Run every variant up to its accuracy, in a folder of its own beside this run's stages."""
+    from infoprune_export.stages import STAGES
+    from infoprune_export.validate.verdict import summarize_variant
+
+    results = {}
+    for name in run.recipe.variants:
+        recipe = variant_of(run.recipe, name)
+        run.progress.console.print(f"[bold]variant {name}[/bold]")
+        child = Run(recipe, run.folder / "variants-runs" / name, run.progress, donor=run.folder)
+        execute(child, STAGES, "accuracy")
+        results[name] = summarize_variant(
+            recipe,
+            child.split,
+            read_plans(child),
+            read_json(child.folder_of("baseline") / "answers.json"),
+            read_json(child.folder_of("accuracy") / "answers.json"),
+        )
+    (folder / "variants.json").write_text(canonical_json(results), encoding="utf-8")
+
+
+def make_report(run: Run, folder: Path) -> None:
+    """The HTML page."""
+    from infoprune_export.validate.report import REPORT, pictures_of, render
+
+    validation = read_json(run.folder_of("validation") / "validation.json")
+    page = render(
+        name=run.recipe.name,
+        description=run.recipe.description,
+        recipe=run.recipe.to_dict(),
+        validation=validation,
+        bench=read_json(run.folder_of("bench") / "bench.json"),
+        variants=read_json(run.folder_of("variants") / "variants.json"),
+        history=read_json(run.folder_of("gates") / "history.json"),
+        pictures=pictures_of(run.original, validation),
+    )
+    (folder / REPORT).write_text(page, encoding="utf-8")

@@ -1,0 +1,68 @@
+"""Fixtures: a random LLaVA of every size a test needs, the trained testbed, and a few scenes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, with the reason."""
+    import torch
+
+    skip_gpu = None if torch.cuda.is_available() else pytest.mark.skip(reason="no CUDA device on this machine")
+    for item in items:
+        if skip_gpu and item.get_closest_marker("gpu"):
+            item.add_marker(skip_gpu)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    import torch
+
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def random_vlm():
+    """An untrained LLaVA: 5 executed blocks (and one unused), 4 heads of 8, FFN 128, 64 visual tokens."""
+    from infoprune_export.data import testbed
+    from infoprune_export.models import tower_of
+    from infoprune_export.models.vlm import VLM
+
+    model = testbed.build_model(layers=6, hidden_size=32, heads=4, seed=3).eval().requires_grad_(False)
+    return VLM(model, testbed.build_processor(), tower_of(model))
+
+
+@pytest.fixture(scope="session")
+def trained_vlm():
+    """The shipped checkpoint. Tests must leave it unchanged."""
+    from infoprune_export.models.vlm import load
+    from infoprune_export.recipe import ModelSpec
+
+    return load(ModelSpec(name_or_path="testbed/tiny-llava"))
+
+
+@pytest.fixture(scope="session")
+def scene_split(tmp_path_factory: pytest.TempPathFactory):
+    """24 calibration scenes and about 14 to validate, written and read as VQAv2."""
+    from infoprune_export.data import dataset
+    from infoprune_export.recipe import DataSpec
+
+    spec = DataSpec(calibration_images=24, validation_questions=96)
+    folder: Path = tmp_path_factory.mktemp("scenes")
+    dataset.draw_scenes(folder, spec, seed=5)
+    return dataset.read(spec, folder)
+
+
+@pytest.fixture
+def pixels():
+    """A batch of three random inputs, float32 [3, 3, 112, 112]."""
+    import torch
+
+    return {"pixel_values": torch.randn(3, 3, 112, 112, generator=torch.Generator().manual_seed(0))}

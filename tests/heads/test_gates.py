@@ -1,0 +1,135 @@
+import numpy as np
+import pytest
+import torch
+
+from infoprune_export.errors import InfopruneError
+from infoprune_export.heads.gates import gated, head_grams
+from infoprune_export.heads.plan import HeadPlan
+from infoprune_export.heads.refit import refit_heads
+from infoprune_export.heads.train import train_gates
+from infoprune_export.models.calibration import TaskLoss, captured_input, inputs_of
+from infoprune_export.models.vlm import writable_copy
+from infoprune_export.recipe import HeadsSpec
+from infoprune_export.rewrite.surgery import apply_heads
+
+
+def test_gates_of_one_change_nothing_and_zero_gates_remove_heads(random_vlm, pixels):
+    tower = random_vlm.tower
+    ones = [torch.ones(4) for _ in tower.blocks]
+    closed = [torch.tensor([1.0, 0.0, 1.0, 1.0]), *ones[1:]]
+    with torch.no_grad():
+        plain = tower.features(pixels)
+        with gated(tower, ones):
+            assert torch.equal(tower.features(pixels), plain)
+        with gated(tower, closed):
+            masked = tower.features(pixels)
+        assert torch.equal(tower.features(pixels), plain), "the hooks must be gone"
+        tower.blocks[0].keep_heads([0, 2, 3])
+        removed = tower.features(pixels)
+    assert not torch.equal(masked, plain)
+    torch.testing.assert_close(masked, removed, rtol=0, atol=1e-6)
+
+
+def test_gates_receive_gradients_and_weights_do_not(random_vlm, scene_split):
+    gates = [torch.ones(4, requires_grad=True) for _ in random_vlm.tower.blocks]
+    loss = TaskLoss(True, random_vlm.tower)
+    with gated(random_vlm.tower, gates):
+        loss(random_vlm, scene_split.calibration[:4], np.random.default_rng(0)).backward()
+    assert all(gate.grad is not None and gate.grad.abs().sum() > 0 for gate in gates)
+    assert all(p.grad is None for p in random_vlm.model.parameters())
+
+
+def test_head_grams_equal_the_direct_product_over_uneven_batches(random_vlm, scene_split):
+    samples = scene_split.calibration[:7]
+    grams = head_grams(random_vlm, samples, batch_size=3)
+    block = random_vlm.tower.blocks[3]
+    with torch.no_grad(), captured_input(block.attention_out) as last:
+        random_vlm.tower.features(inputs_of(random_vlm, samples))
+        z = last().flatten(0, -2).double()
+    torch.testing.assert_close(grams[3], z.T @ z / len(z), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["budgeted", "paper"])
+def test_training_killed_at_any_epoch_ends_with_the_same_bits(random_vlm, scene_split, tmp_path, method):
+    spec = HeadsSpec(method=method, epochs=3, batch_size=8)
+    loss = TaskLoss(True, random_vlm.tower)
+    samples = scene_split.calibration
+
+    class Killed(Exception):
+        pass
+
+    def run(name, stop_after=None):
+        def on_epoch(epoch, terms):
+            if epoch == stop_after:
+                raise Killed
+
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        return train_gates(random_vlm, samples, spec, loss, seed=1, scratch=folder, on_epoch=on_epoch)
+
+    whole, history = run("whole")
+    assert len(history) == 3
+    for stop in (0, 1):
+        with pytest.raises(Killed):
+            run(f"cut{stop}", stop)
+        resumed, resumed_history = run(f"cut{stop}")
+        assert torch.equal(whole, resumed)
+        assert resumed_history == history
+    (tmp_path / "other").mkdir()
+    other, _ = train_gates(random_vlm, samples, spec, loss, seed=2, scratch=tmp_path / "other")
+    assert not torch.equal(whole, other), "the seed must matter"
+
+
+def test_training_without_labels_distils_features(random_vlm, scene_split, tmp_path):
+    loss = TaskLoss(False, random_vlm.tower)
+    assert loss(random_vlm, scene_split.calibration[:2], np.random.default_rng(0)).item() == 0
+    spec = HeadsSpec(epochs=1, batch_size=8)
+    copy = writable_copy(random_vlm)
+    zeta, history = train_gates(copy, scene_split.calibration, spec, loss, seed=0, scratch=tmp_path)
+    assert 0 < history[0]["task"] < 1
+    assert zeta.std() > 0
+
+
+def test_pruned_tower_is_refused(random_vlm, scene_split, tmp_path):
+    random_vlm.tower.blocks[0].keep_heads([1])
+    with pytest.raises(InfopruneError, match="unpruned"):
+        train_gates(
+            random_vlm, scene_split.calibration, HeadsSpec(), TaskLoss(True, random_vlm.tower), seed=0, scratch=tmp_path
+        )
+
+
+def distance(a, b, vlm, samples):
+    inputs = inputs_of(vlm, samples)
+    with torch.no_grad():
+        return float((a.tower.features(inputs) - b.tower.features(inputs)).square().mean())
+
+
+def test_refit_brings_features_closer_to_the_original_on_fresh_images(trained_vlm, scene_split):
+    everything = tuple(range(8))
+    plan = HeadPlan((8,) * 5, (everything, everything, everything, (1, 2, 5, 7), (0, 2, 5)))
+    plain, refitted = writable_copy(trained_vlm), writable_copy(trained_vlm)
+    apply_heads(plain.tower, plan, {})
+    weights = refit_heads(trained_vlm, refitted, plan, scene_split.calibration, 0.1)
+    fresh = scene_split.validation
+    errors = [distance(trained_vlm, vlm, trained_vlm, fresh) for vlm in (refitted, plain)]
+    assert errors[0] < 0.9 * errors[1]
+    again = writable_copy(trained_vlm)
+    apply_heads(again.tower, plan, weights)
+    assert distance(again, refitted, trained_vlm, fresh[:2]) == 0
+
+
+def test_refit_of_an_unpruned_tower_changes_nothing(trained_vlm, scene_split):
+    copy = writable_copy(trained_vlm)
+    refit_heads(trained_vlm, copy, HeadPlan.full([8] * 5), scene_split.calibration[:8], 1e-3)
+    assert distance(trained_vlm, copy, trained_vlm, scene_split.validation[:4]) < 1e-10
+
+
+def test_writable_copy_shares_everything_but_the_blocks(trained_vlm):
+    copy = writable_copy(trained_vlm)
+    assert copy.model.lm_head.weight is trained_vlm.model.lm_head.weight
+    before = trained_vlm.tower.blocks[0].attention_out.weight.clone()
+    copy.tower.blocks[0].keep_heads([0])
+    with torch.no_grad():
+        copy.tower.blocks[1].attention_out.weight.zero_()
+    assert torch.equal(trained_vlm.tower.blocks[0].attention_out.weight, before)
+    assert trained_vlm.tower.blocks[1].attention_out.weight.abs().sum() > 0

@@ -1,0 +1,80 @@
+"""What a user installs must be complete."""
+
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_carries_recipes_targets_template_and_testbed(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for expected in (
+        "infoprune_export/assets/recipes/quickstart.yaml",
+        "infoprune_export/assets/targets/onnxruntime-cpu.yaml",
+        "infoprune_export/validate/report.html.j2",
+        "infoprune_export/data/checkpoints/tiny-llava/model.safetensors",
+        "infoprune_export/data/checkpoints/tiny-llava/processor_config.json",
+    ):
+        assert expected in names, expected
+
+
+def test_installed_wheel_finds_its_recipes(wheel, tmp_path):
+    """Unpacked away from the source tree, as pip would do it."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (
+        "import infoprune_export, pathlib; from infoprune_export.recipe import assets, load_recipe, load_target;"
+        f"assert pathlib.Path(infoprune_export.__file__).is_relative_to({str(tmp_path)!r});"
+        "assert 'quickstart' in assets('recipes'); r = load_recipe('quickstart'); load_target(r.engine.target)"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, check=True)
+
+
+def test_constraints_pin_every_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = {
+        line.partition("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line and not line.startswith("#")
+    }
+    required = [
+        *project["dependencies"],
+        *project["optional-dependencies"]["cpu"],
+        *project["optional-dependencies"]["dev"],
+    ]
+    names = {re.match(r"[A-Za-z0-9_.-]+", line)[0].lower().replace("_", "-") for line in required}
+    assert names <= pinned, names - pinned
+
+
+def test_readme_names_only_commands_and_files_that_exist():
+    from infoprune_export.cli import main
+
+    readme = (ROOT / "README.md").read_text()
+    for command in re.findall(r"infoprune-export ([a-z-]+)", readme):
+        assert command in main.commands, command
+    for link in re.findall(r"\]\(([^)#]+)\)", readme):
+        assert link.startswith("http") or (ROOT / link).exists(), link
+    targets = re.findall(r"^make (\w+)", readme, re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text()
+    assert targets == ["quickstart", "test"]
+    assert all(f"\n{target}:" in makefile for target in targets)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_no_forbidden_shortcut_is_in_the_package():
+    forbidden = re.compile(r"torch\.load\(|import pickle|trust_remote_code=True|ignore_mismatched_sizes=True")
+    for path in (ROOT / "infoprune_export").rglob("*.py"):
+        assert not forbidden.search(path.read_text()), path
