@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -59,14 +60,38 @@ def writing(path: Path) -> Iterator[None]:
     """Turn a full disk or a missing permission into one line for the user."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except InfopruneError:
+        raise
+    except Exception as error:
+        if _is_full(path, error):
             raise InfopruneError(f"{path}: the disk is full; free some space and run the same command again") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise InfopruneError(
                 f"{path}: not writable ({error.strerror}); choose another folder with --output"
             ) from error
         raise
+
+
+def _is_full(path: Path, error: Exception) -> bool:
+    """Whether a failed write is the disk's fault; safetensors, NumPy and ONNX Runtime do not say so by errno."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+        return True
+    if isinstance(error, OSError) and "problem writing element" in str(error):
+        return True
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    disk = shutil.disk_usage(existing)
+    return disk.total > 0 and disk.free < 64 * 1024
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse an existing folder in which no file can be made."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InfopruneError(
+            f"{folder}: not writable ({error.strerror}); choose another folder with --output"
+        ) from error
 
 
 def make_folder(path: Path) -> None:
@@ -88,6 +113,9 @@ def staged(folder: Path, *, keep: bool = False) -> Iterator[Path]:
     resume from what it left there; otherwise it starts empty and an error removes it.
     """
     staging = folder.with_name(f".{folder.name}.partial")
+    retired = folder.with_name(f".{folder.name}.retired")
+    # A kill between the two renames below leaves the old folder under this name.
+    shutil.rmtree(retired, ignore_errors=True)
     if not keep:
         shutil.rmtree(staging, ignore_errors=True)
     make_folder(staging)
@@ -96,10 +124,12 @@ def staged(folder: Path, *, keep: bool = False) -> Iterator[Path]:
             yield staging
             if folder.exists():
                 # rename cannot replace a folder that has files in it
-                retired = folder.with_name(f".{folder.name}.retired")
-                shutil.rmtree(retired, ignore_errors=True)
                 folder.rename(retired)
-                staging.rename(folder)
+                try:
+                    staging.rename(folder)
+                except BaseException:
+                    retired.rename(folder)
+                    raise
                 shutil.rmtree(retired)
             else:
                 staging.rename(folder)
@@ -112,9 +142,12 @@ def staged(folder: Path, *, keep: bool = False) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content in one step."""
     partial = path.with_name(f".{path.name}.partial")
-    with writing(path):
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+    try:
+        with writing(path):
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_manifest(folder: Path, *, stage: str, key: str, inputs: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:

@@ -103,7 +103,7 @@ def _run(
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         run = Run(checked, output or Path("runs") / checked.name, progress)
         check_everything(run)
         return execute(run, STAGES, last, force=force)
@@ -266,6 +266,7 @@ def recipes(name: str | None, schema: bool) -> None:
 
         click.echo(json.dumps(Recipe.model_json_schema(), indent=2))
     elif name is not None:
+        load_recipe(name)
         click.echo(find_asset("recipes", name).read_text(encoding="utf-8"), nl=False)
     else:
         for stem, path in assets("recipes").items():

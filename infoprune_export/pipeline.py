@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from infoprune_export.artifacts import (
     MANIFEST,
     canonical_json,
+    check_writable,
     fingerprint,
     library_versions,
     make_folder,
@@ -31,6 +32,7 @@ from infoprune_export.artifacts import (
     verify,
     write_manifest,
     write_text,
+    writing,
 )
 from infoprune_export.errors import InfopruneError
 from infoprune_export.recipe import ModelSpec, Recipe, Target, load_target
@@ -138,9 +140,11 @@ def execute(run: Run, stages: Mapping[str, Stage], last: str, *, force: bool = F
     """
     created = not run.folder.exists()
     make_folder(run.folder)
+    check_writable(run.folder)
     lock = FileLock(run.folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        with writing(run.folder):
+            lock.acquire(timeout=0)
     except Timeout:
         raise InfopruneError(
             f"{run.folder}: another run is at work here; wait for it or choose another --output"

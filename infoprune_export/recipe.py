@@ -7,8 +7,11 @@ the dotted name of the key. Defaults come from the papers unless the field says 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.resources
+import json
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -20,9 +23,12 @@ from pydantic import Field, field_validator, model_validator
 
 from infoprune_export.errors import InfopruneError
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+
 
 class _Spec(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 # ── Sections ─────────────────────────────────────────────────────────────────
@@ -152,13 +158,18 @@ class TokensSpec(_Spec):
     def _as_fraction(cls, value: Any) -> Fraction:
         if isinstance(value, bool) or not isinstance(value, (int, float, str, Fraction)):
             raise ValueError('expected a number or a fraction in quotes such as "1/2"')
+        # Text is matched first: Fraction would spend minutes on "1e-99999999".
+        if isinstance(value, str) and not re.fullmatch(r"\s*\d{1,9}(\.\d{0,9}|/\d{1,9})?\s*", value):
+            raise ValueError(f'{value!r:.40} is not a number or a fraction such as "1/2"')
         try:
             ratio = Fraction(str(value))
         except (ValueError, ZeroDivisionError):
-            raise ValueError(f'{value!r} is not a number or a fraction such as "1/2"') from None
+            raise ValueError(f'{value!r:.40} is not a number or a fraction such as "1/2"') from None
+        if isinstance(value, float):
+            ratio = ratio.limit_denominator(10_000)
         if not 0 < ratio <= 1:
             raise ValueError(f"{value} is outside (0, 1]: keep at least one token and at most all")
-        return ratio.limit_denominator(10_000)
+        return ratio
 
     @pydantic.field_serializer("keep_ratio")
     def _as_text(self, value: Fraction) -> str:
@@ -186,7 +197,7 @@ class ValidateSpec(_Spec):
     onnx_tolerance: float = Field(1e-4, gt=0)
     replay_tolerance: float = Field(1e-2, gt=0)
     """Worst step of the kept indices when replayed in float64: 1 - residual / best residual."""
-    parity_batches: tuple[int, ...] = (1, 3, 8)
+    parity_batches: Sizes = (1, 3, 8)
 
     @field_validator("parity_batches", mode="before")
     @classmethod
@@ -197,7 +208,7 @@ class ValidateSpec(_Spec):
 class BenchSpec(_Spec):
     """Latency, original against compressed, interleaved in one process."""
 
-    batch_sizes: tuple[int, ...] = (1, 16)
+    batch_sizes: Sizes = (1, 16)
     rounds: int = Field(30, ge=3)
     warmup: int = Field(3, ge=0)
     threads: int = Field(1, ge=1)
@@ -212,9 +223,9 @@ class BenchSpec(_Spec):
 class Recipe(_Spec):
     """A whole run. `variants` name sets of ``dotted.key: value`` overrides that are run beside it, up to accuracy."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Name
     description: str = ""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: ModelSpec
     data: DataSpec = DataSpec()
@@ -226,7 +237,7 @@ class Recipe(_Spec):
     engine: EngineSpec = EngineSpec()
     validate_: ValidateSpec = Field(ValidateSpec(), alias="validate")
     bench: BenchSpec = BenchSpec()
-    variants: dict[str, dict[str, Any]] = {}
+    variants: dict[Name, dict[str, Any]] = {}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, keys as in the YAML file."""
@@ -239,7 +250,7 @@ class Target(_Spec):
     name: str
     description: str
     backend: Literal["onnxruntime"]
-    providers: tuple[str, ...]
+    providers: tuple[str, ...] = Field(min_length=1)
     """ONNX Runtime execution providers, most wanted first; the first must be available."""
     graph_optimization: Literal["basic", "extended", "all"] = "all"
     threads: int = Field(0, ge=0)
@@ -268,8 +279,9 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise InfopruneError(f"--set {override!r}: expected KEY=VALUE, for example --set heads.remove=0.25")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise InfopruneError(f"--set {override!r}: the value is not valid YAML; quote it") from None
+        except _YAML_ERRORS:
+            raise InfopruneError(f"--set {override!r:.80}: the value is not valid YAML; quote it") from None
+        _check_plain(value, f"--set {key}")
         _assign(tree, key, value)
     recipe = _check(Recipe, tree, path)
     for variant in recipe.variants:
@@ -281,9 +293,13 @@ def variant_of(recipe: Recipe, variant: str) -> Recipe:
     """The recipe with one variant's overrides applied, and no variants of its own."""
     tree = recipe.to_dict()
     tree.update(name=f"{recipe.name}-{variant}", variants={})
+    origin = f"variant {variant!r} of {recipe.name}"
     for key, value in recipe.variants[variant].items():
-        _assign(tree, key, value)
-    return _check(Recipe, tree, f"variant {variant!r} of {recipe.name}")
+        try:
+            _assign(tree, key, value)
+        except InfopruneError as error:
+            raise InfopruneError(f"{origin}: {error}") from None
+    return _check(Recipe, tree, origin)
 
 
 def load_target(name: str) -> Target:
@@ -303,19 +319,23 @@ def assets(kind: Literal["recipes", "targets"]) -> dict[str, Path]:
 def find_asset(kind: Literal["recipes", "targets"], name: str | Path) -> Path:
     """A file given by path, else a shipped one given by name."""
     path = Path(name)
-    if path.is_file():
-        return path
+    with contextlib.suppress(OSError):  # a name too long to be one
+        if path.is_file():
+            return path
     shipped = assets(kind)
-    if path.stem in shipped and path.parent.name in ("", kind) and path.suffix in ("", ".yaml"):
-        return shipped[path.stem]
+    by_name = {alias: file for stem, file in shipped.items() for alias in (stem, f"{stem}.yaml", f"{kind}/{stem}.yaml")}
+    if str(name) in by_name:
+        return by_name[str(name)]
     what = kind.removesuffix("s")
-    raise InfopruneError(f"no {what} at {str(name)!r}; give a file or one of: {', '.join(shipped) or 'none shipped'}")
+    raise InfopruneError(
+        f"no {what} at {str(name)!r:.200}; give a file or one of: {', '.join(shipped) or 'none shipped'}"
+    )
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except _YAML_ERRORS as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where is not None else ""
         raise InfopruneError(f"{path}{line}: not valid YAML; check quotes and indentation") from None
@@ -323,7 +343,20 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise InfopruneError(f"{path}: cannot be read ({error.strerror})") from None
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise InfopruneError(f"{path}: expected a mapping of keys to values, found {type(tree).__name__}")
+    _check_plain(tree, str(path))
     return tree
+
+
+# What yaml's constructors let through on values such as 2020-13-45, and on nesting without end.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError, RecursionError)
+
+
+def _check_plain(value: Any, origin: str) -> None:
+    """Refuse what YAML allows and JSON does not: aliases that contain themselves, bytes, dates."""
+    try:
+        json.dumps(value, allow_nan=True)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InfopruneError(f"{origin}: not a tree of plain values ({error}); quote the value") from None
 
 
 def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:

@@ -138,7 +138,11 @@ def test_order_of_the_real_stages_is_upstream_first_and_complete():
 
 def test_only_what_the_last_stage_needs_is_made(runs):
     assert made(runs(last="left")) == {"data", "left"}
-    assert sorted(p.name for p in runs.folder.iterdir() if not p.name.startswith(".")) == ["data", "left", "recipe.json"]
+    assert sorted(p.name for p in runs.folder.iterdir() if not p.name.startswith(".")) == [
+        "data",
+        "left",
+        "recipe.json",
+    ]
 
 
 # ── Reuse ────────────────────────────────────────────────────────────────────
@@ -479,9 +483,7 @@ class Epochs:
         (folder / "out.json").write_text(json.dumps(history))
 
     def stages(self) -> dict[str, Stage]:
-        trained = Stage(
-            "gates", "trained", (), lambda r: {"seed": r.seed}, self.make, resumable=True, uses_model=False
-        )
+        trained = Stage("gates", "trained", (), lambda r: {"seed": r.seed}, self.make, resumable=True, uses_model=False)
         return table(trained, stage("end", "gates"))
 
 
@@ -526,14 +528,3 @@ def test_leftovers_of_unknown_origin_are_forgotten(runs):
     assert epochs.computed == [0, 1, 2, 3]
     assert not staging.exists()
     assert sorted(p.name for p in runs["gates"].iterdir()) == [MANIFEST, "out.json"]
-
-
-def test_an_interrupted_first_stage_can_be_resumed(runs):
-    """A run cut in its very first stage keeps that stage's state, as it does in any other."""
-    epochs = Epochs()
-    epochs.interrupt_in = 2
-    with pytest.raises(KeyboardInterrupt):
-        runs(epochs.stages())
-    epochs.interrupt_in = None
-    runs(epochs.stages())
-    assert epochs.computed == [0, 1, 2, 3]

@@ -164,7 +164,11 @@ def _trees(draw: st.DrawFn) -> dict[str, Any]:
         "seed": draw(st.integers(0, 2**32)),
         "model": {"name_or_path": draw(st.text(min_size=1, max_size=30)), "revision": draw(st.none() | st.text())},
         "data": {"prompts": draw(st.lists(st.text(), min_size=1, max_size=3)), "workers": draw(st.integers(1, 9))},
-        "heads": {"remove": draw(st.floats(0, 0.999)), "alpha": draw(st.floats(0, 9)), "learning_rate": draw(_positive)},
+        "heads": {
+            "remove": draw(st.floats(0, 0.999)),
+            "alpha": draw(st.floats(0, 9)),
+            "learning_rate": draw(_positive),
+        },
         "ffn": {"method": draw(st.sampled_from(["obs", "paper", "none"])), "keep_macs": draw(st.floats(1e-9, 1))},
         "tokens": {"keep_ratio": f"{draw(st.integers(1, denominator))}/{denominator}", "merge": draw(st.booleans())},
         "validate": {"parity_batches": draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))},
@@ -320,7 +324,11 @@ def test_a_wrong_entry_of_a_list_is_named_by_its_place(write):
         ("tokens.pool_factor", float("inf")),
         ("seed", 2**64),
         # every size is at least one image, and there is at least one size
-        *((f"{key}", sizes) for key in ("bench.batch_sizes", "validate.parity_batches") for sizes in ([], [0], [1, -1])),
+        *(
+            (f"{key}", sizes)
+            for key in ("bench.batch_sizes", "validate.parity_batches")
+            for sizes in ([], [0], [1, -1])
+        ),
     ],
 )
 def test_a_value_that_would_fail_only_in_the_middle_of_the_run_is_refused(write, dotted, value):
@@ -361,12 +369,13 @@ def test_keep_ratio_outside_what_can_be_kept_is_refused(write, value):
 
 def test_keep_ratio_never_rounds_to_nothing(write):
     """A ratio finer than what is stored is refused or kept above zero."""
+    path = write(with_value("tokens.keep_ratio", "1/30000"))
     try:
-        recipe = load_recipe(write(with_value("tokens.keep_ratio", "1/30000")))
-    except InfopruneError as error:
-        assert "tokens.keep_ratio" in str(error)
+        kept = load_recipe(path).tokens.keep_ratio
+    except InfopruneError:
+        assert "tokens.keep_ratio" in refusal(path)
     else:
-        assert recipe.tokens.keep_ratio > 0
+        assert kept > 0
 
 
 def test_keep_ratio_with_a_huge_exponent_is_refused_at_once(write):
@@ -635,8 +644,8 @@ _values = st.recursive(
 def loads_or_is_refused(path: Path, overrides: tuple[str, ...] = ()) -> None:
     try:
         recipe = load_recipe(path, overrides)
-    except InfopruneError as error:
-        assert len(str(error).splitlines()) == 1
+    except InfopruneError:
+        refusal(path, overrides)
     else:
         assert Recipe.model_validate(recipe.to_dict()) == recipe
 
@@ -647,7 +656,18 @@ def test_any_bytes_load_or_are_refused(write, content):
     loads_or_is_refused(write(content))
 
 
-_YAML_BITS = [*"[]{}&*!|>%@`'\"#,?:-\n \t=~", "name: ", "model: ", "<<: ", "!!int ", "!!set ", "0x", "1e9", ".inf", "2001-1-1"]
+_YAML_BITS = [
+    *"[]{}&*!|>%@`'\"#,?:-\n \t=~",
+    "name: ",
+    "model: ",
+    "<<: ",
+    "!!int ",
+    "!!set ",
+    "0x",
+    "1e9",
+    ".inf",
+    "2001-1-1",
+]
 
 
 @_FUZZ

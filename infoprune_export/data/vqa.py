@@ -108,6 +108,8 @@ def _entries(path: Path, key: str, required: Sequence[str]) -> Iterator[dict[str
         for name in required:
             if not isinstance(entry, dict) or name not in entry:
                 raise InfopruneError(f"{path}: {key}[{number}] has no {name!r}")
+            if name.endswith("_id") and type(entry[name]) is not int:
+                raise InfopruneError(f"{path}: {key}[{number}]: {name} is {entry[name]!r:.40}, not a whole number")
         yield entry
 
 

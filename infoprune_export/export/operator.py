@@ -6,6 +6,7 @@ model-local function, so any ONNX runtime can run it; a runtime with a native ke
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -53,12 +54,17 @@ def TokenSelect(  # noqa: N802  (an ONNX operator name)
     over = op.Ceil(op.Mul(op.Cast(keep, to=1), op.Constant(value_float=pool_factor)))
     pool_size = op.Min(tokens, op.Cast(over, to=7))
     # q = softmax(a / tau) ^ gamma_q; the pool is ranked on a
+    # (false for NaN and infinity, which count as zero)
+    largest = op.Constant(value_float=3.4028234663852886e38)
     a = op.Cast(prior, to=1)
-    a = op.Where(op.IsNaN(a), zero, a)
+    a = op.Where(op.LessOrEqual(op.Abs(a), largest), a, zero)
     q = op.Pow(op.Softmax(op.Div(a, op.Constant(value_float=temperature)), axis=1), op.Constant(value_float=exponent))
     _, pool = op.TopK(a, pool_size, axis=1, largest=1, sorted=1)
     z = op.Cast(op.GatherND(features, op.Unsqueeze(pool, axis2), batch_dims=1), to=1)
-    z = op.Mul(op.Where(op.IsNaN(z), zero, z), op.Unsqueeze(op.Sqrt(op.GatherElements(q, pool, axis=1)), axis2))
+    z = op.Where(op.LessOrEqual(op.Abs(z), largest), z, zero)
+    z = op.Mul(z, op.Unsqueeze(op.Sqrt(op.GatherElements(q, pool, axis=1)), axis2))
+    scale_z = op.ReduceMax(op.Abs(z), op.Constant(value_ints=[1, 2]), keepdims=1)
+    z = op.Div(z, op.Max(scale_z, op.Constant(value_float=1.1754943508222875e-38)))
     # pivoted Cholesky of z z^T
     gram = op.MatMul(z, op.Transpose(z, perm=[0, 2, 1]))
     residual = op.ReduceSumSquare(z, axis2, keepdims=0)
@@ -165,11 +171,68 @@ def translation_table() -> dict[Any, Any]:
     return {torch.ops.infoprune.token_select.default: _translate}
 
 
+@cache
+def function_body() -> onnx.FunctionProto:
+    """The function, with the same bytes in every process.
+
+    onnxscript keeps a loop's carried variables in a set, so their order and the numbers in all names follow Python's
+    hash seed. Here they are sorted by variable name and numbered anew.
+    """
+    function = TokenSelect.to_function_proto()
+    for node in function.node:
+        _sort_carried(node)
+    names = {name: name for name in (*function.input, *function.output, "")}
+    for node in function.node:
+        _rename(node, names)
+    return function
+
+
+def _stem(name: str) -> str:
+    return name.rstrip("0123456789").rstrip("_")
+
+
+def _sort_carried(node: onnx.NodeProto) -> None:
+    """Sort the carried variables of a Loop, and of all loops in it: its inputs, outputs, and those of its body."""
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            _sort_carried(inner)
+    if node.op_type != "Loop":
+        return
+    body = node.attribute[0].g
+    order = sorted(range(len(node.output)), key=lambda i: _stem(body.input[2 + i].name))
+    for listed, offset in ((node.input, 2), (node.output, 0), (body.input, 2), (body.output, 1)):
+        carried = [copy.deepcopy(listed[offset + i]) for i in order]
+        del listed[offset:]
+        listed.extend(carried)
+
+
+def _rename(node: onnx.NodeProto, names: dict[str, str]) -> None:
+    """Number names in the order in which they are defined."""
+
+    def fresh(name: str) -> str:
+        return names.setdefault(name, f"{_stem(name)}_{len(names)}")
+
+    node.input[:] = [fresh(name) for name in node.input]
+    node.name = ""
+    for attribute in node.attribute:
+        graph = attribute.g
+        graph.name = ""
+        for value in graph.input:
+            value.name = fresh(value.name)
+        for inner in graph.node:
+            _rename(inner, names)
+        for value in graph.output:
+            value.name = fresh(value.name)
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            graph.name = "body"
+    node.output[:] = [fresh(name) for name in node.output]
+
+
 def attach_body(model: ir.Model) -> None:
     """Add the function body to a model that has the node; last, because the exporter's optimiser would inline it."""
     if not any(node.domain == DOMAIN for node in model.graph):
         return
-    function = ir.serde.deserialize_function(TokenSelect.to_function_proto())
+    function = ir.serde.deserialize_function(function_body())
     function.opset_imports[""] = model.opset_imports[""]
     model.functions[function.identifier()] = function
     model.opset_imports[DOMAIN] = VERSION

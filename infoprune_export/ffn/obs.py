@@ -84,7 +84,9 @@ def eliminate(weight: Tensor, covariance: Tensor, metric: Tensor, damping: float
     covariance and of the weight; O(m^3) in all. Ties go to the lowest index. float64.
     """
     size = len(covariance)
-    regular = covariance.double() + damping * covariance.diagonal().mean() * torch.eye(size, dtype=torch.float64)
+    # The floor keeps neurons that never vary invertible: they are free.
+    loading = (damping * covariance.double().diagonal().mean()).clamp_min(1e-30)
+    regular = covariance.double() + loading * torch.eye(size, dtype=torch.float64)
     inverse = torch.linalg.inv(regular)
     # |G^1/2 w|^2 = w^T G w, so the columns can live in G's square root
     values, vectors = torch.linalg.eigh(metric.double())

@@ -101,9 +101,9 @@ def plan_heads(zeta: Tensor, spec: HeadsSpec) -> HeadPlan:
     if not kept[-1].any():
         kept[-1, int(zeta[-1].argmax())] = True
         if spec.method == "budgeted" and kept.sum() > 1:
-            others = zeta.clone()
-            others[~kept], others[-1] = math.inf, math.inf
-            kept.view(-1)[int(others.argmin())] = False
+            ranked = zeta.flatten().argsort(descending=True, stable=True).tolist()
+            last_kept = next(i for i in reversed(ranked) if kept.view(-1)[i] and i < (blocks - 1) * heads)
+            kept.view(-1)[last_kept] = False
     return HeadPlan((heads,) * blocks, tuple(tuple(row.nonzero().flatten().tolist()) for row in kept))
 
 

@@ -168,6 +168,7 @@ class AffineFit:
         cross = self._xy / self._count - torch.outer(mean_x, mean_y)
         if not len(covariance):
             return cross.T, mean_y
-        damping = ridge * covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+        # The floor keeps inputs that never vary solvable: their weight is zero.
+        damping = (ridge * covariance.diagonal().mean()).clamp_min(1e-30)
         weight = torch.linalg.solve(covariance + damping * torch.eye(len(covariance), dtype=torch.float64), cross).T
         return weight, mean_y - weight @ mean_x

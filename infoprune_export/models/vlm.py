@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
@@ -119,7 +120,7 @@ def load(spec: ModelSpec, device: str | torch.device = "cpu", dtype: torch.dtype
         model, info = AutoModelForImageTextToText.from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **common
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise InfopruneError(f"{spec.name_or_path}: cannot be loaded: {reason[:400]}") from error
     problems = {what: sorted(map(str, info[what])) for what in ("missing_keys", "mismatched_keys", "unexpected_keys")}

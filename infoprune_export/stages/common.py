@@ -41,7 +41,7 @@ def check_everything(run: Run) -> None:
     dataset.check(run.recipe.data)
     backend_of(run.target)
     _ = run.device
-    if run.folder.exists():
+    if any(run.folder.glob("*/manifest.json")):
         return
     vlm = run.original
     if run.recipe.data.images is not None:

@@ -139,6 +139,6 @@ def make_report(run: Run, folder: Path) -> None:
         bench=read_json(run.folder_of("bench") / "bench.json"),
         variants=read_json(run.folder_of("variants") / "variants.json"),
         history=read_json(run.folder_of("gates") / "history.json"),
-        pictures=pictures_of(run.original, validation),
+        pictures=pictures_of(run.original, run.split.validation, validation),
     )
     (folder / REPORT).write_text(page, encoding="utf-8")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 
-from infoprune_export.tokens.select import EPSILON, keep_count
+from infoprune_export.tokens.select import EPSILON, keep_count, pool_count
 
 Floats = NDArray[np.float64]
 
@@ -21,11 +19,12 @@ def scaled_pool(
     exponent: float,
 ) -> tuple[NDArray[np.int64], Floats]:
     """Lines 2-4 for one image: pool indices by descending prior [M], and Z = sqrt(q) x for them [M, D]."""
-    a = np.nan_to_num(np.asarray(prior, np.float64), nan=0.0)
+    a = np.nan_to_num(np.asarray(prior, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     scores = np.exp((a - a.max()) / temperature)
     q = (scores / scores.sum()) ** exponent
-    pool = np.argsort(-a, kind="stable")[: min(len(a), math.ceil(pool_factor * keep))]
-    return pool, np.sqrt(q[pool])[:, None] * np.nan_to_num(np.asarray(features, np.float64)[pool], nan=0.0)
+    pool = np.argsort(-a, kind="stable")[: pool_count(len(a), keep, pool_factor)]
+    x = np.nan_to_num(np.asarray(features, np.float64)[pool], nan=0.0, posinf=0.0, neginf=0.0)
+    return pool, np.sqrt(q[pool])[:, None] * x
 
 
 def literal_selection(

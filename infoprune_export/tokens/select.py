@@ -8,8 +8,8 @@ fp32 whatever the model's dtype. Decisions the paper leaves open:
   distinct values in low precision;
 - saturation is relative, 1e-5 of the largest squared norm in the pool: an absolute threshold is either below fp32 noise
   or above real signal. What the greedy step leaves open is filled in the order of the prior;
-- ties go to the lowest position in the pool; kept indices are ascending; NaN counts as zero; the answer has always T
-  tokens.
+- ties go to the lowest position in the pool; kept indices are ascending; what is not finite counts as zero; the answer
+  has always T tokens. Z is scaled to largest entry 1, which changes no choice and keeps the Gram from overflowing.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,6 +33,11 @@ _BLOCK = 64
 def keep_count(tokens: int, numerator: int, denominator: int) -> int:
     """T = ceil(N * numerator / denominator), in integers so that every runtime agrees."""
     return (tokens * numerator + denominator - 1) // denominator
+
+
+def pool_count(tokens: int, keep: int, pool_factor: float) -> int:
+    """M = min(N, ceil(alpha T)); the product is rounded to fp32, as it is inside an ONNX graph."""
+    return min(tokens, math.ceil(np.float32(pool_factor) * np.float32(keep)))
 
 
 @torch.library.custom_op("infoprune::token_select", mutates_args=())
@@ -59,12 +65,12 @@ def token_select(
     """
     tokens = features.shape[1]
     keep = keep_count(tokens, keep_numerator, keep_denominator)
-    pool_size = min(tokens, math.ceil(pool_factor * keep))
-    a = torch.nan_to_num(prior.float(), nan=0.0)
+    a = _finite(prior)
     q = torch.softmax(a / temperature, dim=-1) ** exponent
-    pool = a.argsort(dim=1, descending=True, stable=True)[:, :pool_size]
-    z = features.gather(1, pool[..., None].expand(-1, -1, features.shape[2])).float()
-    z = torch.nan_to_num(z, nan=0.0) * q.gather(1, pool).sqrt()[..., None]
+    pool = a.argsort(dim=1, descending=True, stable=True)[:, : pool_count(tokens, keep, pool_factor)]
+    z = _finite(features.gather(1, pool[..., None].expand(-1, -1, features.shape[2])))
+    z = z * q.gather(1, pool).sqrt()[..., None]
+    z = z / z.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return pool.gather(1, _pivots(z, keep, epsilon)).sort(dim=1).values
 
 
@@ -81,6 +87,11 @@ def _(
 ) -> Tensor:
     keep = keep_count(features.shape[1], keep_numerator, keep_denominator)
     return features.new_empty((features.shape[0], keep), dtype=torch.int64)
+
+
+def _finite(x: Tensor) -> Tensor:
+    """fp32, with zero for NaN and infinity."""
+    return torch.nan_to_num(x.float(), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _pivots(z: Tensor, keep: int, epsilon: float) -> Tensor:

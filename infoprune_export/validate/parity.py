@@ -49,9 +49,9 @@ class Parity:
 
 def compare(reference: NDArray[Any], candidate: NDArray[Any], **labels: Any) -> Parity:
     """Compare two arrays of one shape; anything not finite in the candidate makes the error infinite."""
-    a, b = reference.astype(np.float64).ravel(), candidate.astype(np.float64).ravel()
-    if a.shape != b.shape or not np.isfinite(b).all():
+    if reference.shape != candidate.shape or not np.isfinite(candidate).all():
         return Parity(relative_error=np.inf, cosine=0.0, norm_ratio=0.0, **labels)
+    a, b = reference.astype(np.float64).ravel(), candidate.astype(np.float64).ravel()
     norms = float(np.linalg.norm(a)), float(np.linalg.norm(b))
     return Parity(
         relative_error=float(np.abs(a - b).max() / max(np.abs(a).max(), np.finfo(np.float64).tiny)),

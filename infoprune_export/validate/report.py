@@ -15,6 +15,9 @@ from infoprune_export.artifacts import library_versions
 from infoprune_export.validate import plots
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from infoprune_export.data.vqa import Sample
     from infoprune_export.models.vlm import VLM
 
 REPORT = "report.html"
@@ -76,16 +79,16 @@ def _as_variant(validation: dict[str, Any], recipe: dict[str, Any]) -> dict[str,
     }
 
 
-def pictures_of(vlm: VLM, validation: dict[str, Any]) -> list[str]:
-    """Kept tokens over the sample images, cropped and scaled as the processor does it; data URIs."""
+def pictures_of(vlm: VLM, samples: Sequence[Sample], validation: dict[str, Any]) -> list[str]:
+    """Kept tokens over the first validation images, cropped and scaled as the processor does it; data URIs."""
     from infoprune_export.data.vqa import open_image
     from infoprune_export.models.vlm import preprocess
 
     pictures = []
     processor: Any = vlm.processor.image_processor
-    for sample in validation["kept_tokens"]:
-        pixels = preprocess(vlm, [open_image(Path(sample["image"]))])["pixel_values"][0].float().cpu().numpy()
+    for sample, selection in zip(samples, validation["kept_tokens"], strict=False):
+        pixels = preprocess(vlm, [open_image(sample.image)])["pixel_values"][0].float().cpu().numpy()
         mean, std = (np.array(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
         seen = np.clip((pixels * std + mean) * 255, 0, 255).astype(np.uint8).transpose(1, 2, 0)
-        pictures.append(plots.kept_tokens(seen, sample["kept"], validation["size"]["visual_tokens"]["original"]))
+        pictures.append(plots.kept_tokens(seen, selection["kept"], validation["size"]["visual_tokens"]["original"]))
     return pictures

@@ -35,6 +35,7 @@ from infoprune_export.validate.accuracy import (
 from infoprune_export.validate.flops import count_flops
 from infoprune_export.validate.parity import Parity, compare, encoder_parity, masked
 
+PICTURES = 6
 Answers = Sequence[Sequence[str]]
 STEPS = {
     "original": "the model as it came",
@@ -225,15 +226,15 @@ def _sizes(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _sample_selections(subject: Subject, count: int = 6) -> list[dict[str, Any]]:
+def _sample_selections(subject: Subject) -> list[dict[str, Any]]:
     """Kept tokens of the first validation images, for the report's pictures."""
     if subject.recipe.tokens.method == "none":
         return []
-    samples = subject.split.validation[:count]
+    samples = subject.split.validation[:PICTURES]
     inputs = inputs_of(subject.original, samples)
     outputs = subject.engine.run(**{name: value.numpy() for name, value in inputs.items()})
     return [
-        {"image": str(sample.image), "kept": kept.tolist()}
+        {"image": sample.image.name, "kept": kept.tolist()}
         for sample, kept in zip(samples, outputs["kept_indices"], strict=True)
     ]
 

@@ -1,0 +1,232 @@
+"""The real pipeline, killed in every stage: what it ends with is what an undisturbed run ends with, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from infoprune_export.data import testbed
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+STAGES = "data baseline gates heads ffn checkpoint accuracy onnx engine validation".split()
+SMALL = (
+    "data.calibration_images=16",
+    "data.validation_questions=24",
+    "heads.epochs=3",
+    "bench.rounds=3",
+    "bench.warmup=0",
+    "variants={}",
+)
+EPOCH_STATE = ".gates.partial/training.safetensors"
+# What to wait for before each kill. The longer stages are cut when there is something in their folder.
+KILLS = (
+    ("data", ".data.partial/images/*.png"),
+    ("baseline", ".baseline.partial"),
+    ("gates", ".gates.partial"),
+    ("gates", EPOCH_STATE),
+    ("heads", ".heads.partial"),
+    ("ffn", ".ffn.partial"),
+    ("checkpoint", ".checkpoint.partial/*"),
+    ("accuracy", ".accuracy.partial"),
+    ("onnx", ".onnx.partial/original"),
+    ("engine", ".engine.partial/*"),
+    ("validation", ".validation.partial"),
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """`infoprune-export` on a copy of the testbed model, which nobody else writes to."""
+
+    model: Path
+
+    def start(self, verb: str, folder: Path, *overrides: str) -> subprocess.Popen[str]:
+        # Whatever depends on the order of a set shall differ between the reference and the rest every time.
+        seed = "0" if folder.parent.name.startswith("reference") else "1"
+        pairs = (f"model.name_or_path={self.model}", *SMALL, *overrides)
+        return subprocess.Popen(
+            [sys.executable, "-m", "infoprune_export.cli", verb, "quickstart", "--output", str(folder)]
+            + ["--device", "cpu", *(word for pair in pairs for word in ("--set", pair))],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, verb: str, folder: Path, *overrides: str) -> tuple[int, str]:
+        process = self.start(verb, folder, *overrides)
+        try:
+            _, stderr = process.communicate(timeout=300)
+        finally:
+            process.kill()
+        return process.returncode, stderr
+
+    def kill(self, verb: str, folder: Path, pattern: str) -> None:
+        """Start, and kill the whole process group as soon as there is a file of this pattern."""
+        process = self.start(verb, folder)
+        deadline = time.monotonic() + 300
+        while not any(folder.glob(pattern)):
+            if process.poll() is not None:
+                pytest.fail(f"ended with {process.returncode} before {pattern} appeared: {process.communicate()[1]}")
+            assert time.monotonic() < deadline, f"no {pattern} in {folder}"
+            time.sleep(0.0005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def identities(folder: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory) -> Command:
+    model = tmp_path_factory.mktemp("model") / "tiny-llava"
+    shutil.copytree(testbed.checkpoint("testbed/tiny-llava"), model)
+    return Command(model)
+
+
+@pytest.fixture(scope="module")
+def reference(command, tmp_path_factory) -> Path:
+    """An undisturbed run up to its verdict."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    code, stderr = command.run("validate", folder)
+    verdict = json.loads((folder / "validation" / "validation.json").read_text())["verdict"]
+    assert code == {"PASS": 0, "FAIL": 1}[verdict], stderr
+    return folder
+
+
+@dataclass(frozen=True)
+class Killed:
+    folder: Path
+    """Killed in every stage, then brought to its end."""
+    in_training: Path
+    """A copy as it was when the training of the gates had been killed behind an epoch."""
+
+
+@pytest.fixture(scope="module")
+def killed(command, reference, tmp_path_factory) -> Killed:
+    top = tmp_path_factory.mktemp("killed")
+    folder = top / "run"
+    for stage, pattern in KILLS:
+        for _ in range(5):
+            command.kill("validate", folder, pattern)
+            if not (folder / stage).exists():
+                break
+            # The stage ended in the moment between the look and the kill; once more.
+            shutil.rmtree(folder / stage)
+        else:
+            pytest.fail(f"{stage} was never cut")
+        if pattern == EPOCH_STATE:
+            shutil.copytree(folder, top / "in-training")
+    code, stderr = command.run("validate", folder)
+    assert code in (0, 1), stderr
+    return Killed(folder, top / "in-training")
+
+
+# ── Killed and resumed ───────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(reference, killed, stage):
+    expected, actual = content(reference / stage), content(killed.folder / stage)
+    assert len(expected) > 1
+    assert actual.keys() == expected.keys()
+    assert [name for name in expected if actual[name] != expected[name]] == []
+
+
+def test_nothing_but_stages_is_left_of_a_killed_run(reference, killed):
+    for folder in (reference, killed.folder):
+        assert sorted(p.name for p in folder.iterdir()) == sorted([".lock", "recipe.json", *STAGES])
+
+
+def test_no_artefact_names_the_folder_it_was_made_in(reference):
+    for name, data in content(reference).items():
+        assert str(reference.parent).encode() not in data, name
+
+
+def test_gate_training_continues_behind_the_last_epoch(command, reference, killed, tmp_path):
+    """A mark in the stored history comes out again, so the epoch before the kill was not computed a second time."""
+    folder = tmp_path / "run"
+    shutil.copytree(killed.in_training, folder)
+    state = folder / EPOCH_STATE
+    with safe_open(state, "np") as file:
+        history = json.loads(file.metadata()["history"])
+    whole = json.loads((reference / "gates" / "history.json").read_text())
+    assert 1 <= len(history) <= len(whole) == 3
+    assert history == whole[: len(history)]
+    history[0]["task"] = 123.0
+    save_file(load_file(state), state, metadata={"history": json.dumps(history)})
+    code, stderr = command.run("train-gates", folder)
+    assert code == 0, stderr
+    assert json.loads((folder / "gates" / "history.json").read_text()) == [{**whole[0], "task": 123.0}, *whole[1:]]
+    weights = "gates.safetensors"
+    assert (folder / "gates" / weights).read_bytes() == (reference / "gates" / weights).read_bytes()
+
+
+# ── Reused and refused ───────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def moved(reference, tmp_path) -> Path:
+    """The finished run, in another place."""
+    return shutil.copytree(reference, tmp_path / "moved")
+
+
+def test_another_keep_ratio_makes_only_what_depends_on_it(command, moved):
+    before = identities(moved)
+    code, stderr = command.run("validate", moved, "tokens.keep_ratio=2/9")
+    assert code in (0, 1), stderr
+    after = identities(moved)
+    again = {"accuracy", "onnx", "engine", "validation"}
+    for name in before.keys() | after.keys():
+        stage = name.split("/")[0]
+        if stage in STAGES:
+            assert (before.get(name) != after.get(name)) == (stage in again), name
+    validation = json.loads((moved / "validation" / "validation.json").read_text())
+    # ceil(64 * 2/9)
+    assert validation["size"]["visual_tokens"] == {"original": 64, "compressed": 15}
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(("damage", "word"), [(_flip, "corrupt"), (Path.unlink, "missing")])
+def test_a_damaged_artefact_ends_the_run_with_its_name(command, moved, damage: Callable[[Path], None], word):
+    damage(moved / "heads" / "weights.safetensors")
+    before = identities(moved)
+    code, stderr = command.run("rewrite", moved)
+    assert code == 2
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"error: {moved / 'heads' / 'weights.safetensors'}: artefact is {word}")
+    assert "Traceback" not in stderr
+    ignored = {"recipe.json", ".lock"}
+    assert {k: v for k, v in identities(moved).items() if k not in ignored} == {
+        k: v for k, v in before.items() if k not in ignored
+    }
