@@ -340,15 +340,14 @@ def _print_bench(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("batch", "original ms", "compressed ms", "speed-up", "95% interval", "FLOP ratio", "efficiency")
+    table = Table("batch", "original ms", "compressed", "speed-up (95%)", "FLOPs", "efficiency")
     for row in result["rows"]:
         times, speedup = row["milliseconds"], row["speedup"]
         table.add_row(
             str(row["batch_size"]),
             f"{times['original']['p50']:.2f}",
             f"{times['compressed']['p50']:.2f}",
-            f"{speedup['median']:.2f}",
-            f"{speedup['low']:.2f} .. {speedup['high']:.2f}",
+            f"{speedup['median']:.2f} ({speedup['low']:.2f}-{speedup['high']:.2f})",
             f"{row['flop_ratio']:.2f}",
             f"{row['efficiency']:.2f}",
         )
