@@ -65,7 +65,7 @@ def collect_moments(
         for index, block in enumerate(blocks):
             stack.callback(block.ffn_out.register_forward_hook(watch(index)).remove)
         for batch in batches(samples, batch_size):
-            loss(vlm, batch, rng).backward()
+            loss.probe(vlm, batch, rng).backward()
             for index, last_input in enumerate(inputs):
                 hidden = last_input().detach().flatten(0, -2)
                 neurons[index].update(hidden, hidden.new_zeros(len(hidden), 0))

@@ -52,6 +52,21 @@ class TaskLoss:
             with torch.no_grad():
                 target = self._original.features(inputs)
             return (features - target).square().mean() / target.var(dim=(0, 1)).mean()
+        return self._answers(vlm, features, samples, rng)
+
+    def probe(self, vlm: VLM, samples: Sequence[Sample], rng: np.random.Generator) -> Tensor:
+        """A scalar whose gradient g has the loss's curvature as second moment E[g g^T].
+
+        With labels the loss itself (empirical Fisher). A distance to the original has gradient zero where nothing is
+        changed yet, so without labels the features are projected on noise instead (Gauss-Newton).
+        """
+        if self._labelled:
+            return self(vlm, samples, rng)
+        features = vlm.tower.features(inputs_of(vlm, samples))
+        noise = torch.from_numpy(rng.standard_normal(features.shape)).to(features)
+        return (features * noise).sum() / features.detach().std()
+
+    def _answers(self, vlm: VLM, features: Tensor, samples: Sequence[Sample], rng: np.random.Generator) -> Tensor:
         rows, questions, answers = [], [], []
         for row, sample in enumerate(samples):
             count = min(self._per_image, len(sample.questions))

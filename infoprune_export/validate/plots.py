@@ -93,9 +93,9 @@ def latency_bars(rows: Sequence[dict[str, Any]]) -> str:
     ]
     for place, row, top in zip(places, rows, tops, strict=True):
         axes.text(int(place), top, f"{row['speedup']['median']:.2f}x", ha="center", va="bottom", color="#222")
-    axes.set(ylabel="ms per image", ylim=(0, max(tops) * 1.15))
+    axes.set(ylabel="ms per image", ylim=(0, max(tops) * 1.3))
     axes.set_xticks(places, [f"batch {row['batch_size']}" for row in rows])
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=2, loc="upper right")
     _clean(axes)
     return _svg(figure)
 

@@ -8,7 +8,6 @@ from infoprune_export.rewrite.surgery import apply_ffn
 
 
 def test_moments_equal_direct_ones(trained_vlm, scene_split):
-    """Without labels the loss is zero at the original, so its gradient is taken on a changed tower."""
     changed = writable_copy(trained_vlm)
     changed.tower.blocks[0].keep_heads([0, 1, 2])
     samples = scene_split.calibration[:5]
@@ -22,6 +21,13 @@ def test_moments_equal_direct_ones(trained_vlm, scene_split):
     assert metrics[2].shape == (128, 128)
     assert torch.linalg.eigvalsh(metrics[2]).min() > -1e-12 * metrics[2].trace()
     assert metrics[2].trace() > 0
+
+
+def test_metric_without_labels_is_not_zero_on_an_unchanged_tower(trained_vlm, scene_split):
+    """A distance to the original has no gradient there; the metric must not be blind because of it."""
+    loss = TaskLoss(False, trained_vlm.tower)
+    _, metrics = collect_moments(trained_vlm, scene_split.calibration[:4], loss, seed=0)
+    assert all(metric.trace() > 0 for metric in metrics)
 
 
 def test_compress_obs_respects_the_budget_and_beats_plain_slicing(trained_vlm, scene_split):
