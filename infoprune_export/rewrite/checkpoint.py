@@ -108,6 +108,7 @@ class _PrunedStructure(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         shape_like(tower_of(model), self.quantization_config.blocks)
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         # The loader reports to this method of the instance what it could not find, and otherwise only warns.
         adjust = model._adjust_missing_and_unexpected_keys
         self._checked = False
@@ -132,6 +133,13 @@ class _PrunedStructure(HfQuantizer):
                 "install a version the constraints file names"
             )
         del model._adjust_missing_and_unexpected_keys
+        # Some versions do not compare shapes when a quantizer is at work.
+        for name, parameter in model.named_parameters():
+            if parameter.shape != self._shapes[name]:
+                raise InfopruneError(
+                    f"pruned checkpoint has mismatched tensors: {name} is {list(parameter.shape)}, its config.json says "
+                    f"{list(self._shapes[name])}"
+                )
         # From here on it is an ordinary model; the record in its configuration is what save_pretrained writes.
         del model.hf_quantizer
         del model.quantization_method
