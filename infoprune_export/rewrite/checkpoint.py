@@ -137,8 +137,8 @@ class _PrunedStructure(HfQuantizer):
         for name, parameter in model.named_parameters():
             if parameter.shape != self._shapes[name]:
                 raise InfopruneError(
-                    f"pruned checkpoint has mismatched tensors: {name} is {list(parameter.shape)}, its config.json says "
-                    f"{list(self._shapes[name])}"
+                    f"pruned checkpoint has mismatched tensors: {name} is {list(parameter.shape)}, "
+                    f"its config.json says {list(self._shapes[name])}"
                 )
         # From here on it is an ordinary model; the record in its configuration is what save_pretrained writes.
         del model.hf_quantizer
