@@ -57,7 +57,6 @@ class DataSpec(_Spec):
     prompts: tuple[str, ...] = ("Describe the image.",)
     calibration_images: int = Field(448, ge=1)
     validation_questions: int = Field(2000, ge=1)
-    workers: int = Field(2, ge=1)
 
     @field_validator("prompts", mode="before")
     @classmethod

@@ -310,7 +310,7 @@ def test_making_a_shared_stage_again_leaves_the_donor_alone(tmp_path, runs):
     before = identities(runs.folder)
     child = Runs(tmp_path / "child")
     child(donor=runs.folder)
-    child(recipe={"data": {"workers": 5}}, donor=runs.folder)
+    child(recipe={"data": {"prompts": ["another"]}}, donor=runs.folder)
     assert identities(runs.folder) == before
     assert set(runs().values()) == {"up to date"}
 

@@ -163,7 +163,7 @@ def _trees(draw: st.DrawFn) -> dict[str, Any]:
         "description": draw(st.text(max_size=30)),
         "seed": draw(st.integers(0, 2**32)),
         "model": {"name_or_path": draw(st.text(min_size=1, max_size=30)), "revision": draw(st.none() | st.text())},
-        "data": {"prompts": draw(st.lists(st.text(), min_size=1, max_size=3)), "workers": draw(st.integers(1, 9))},
+        "data": {"prompts": draw(st.lists(st.text(), min_size=1, max_size=3))},
         "heads": {
             "remove": draw(st.floats(0, 0.999)),
             "alpha": draw(st.floats(0, 9)),
@@ -265,7 +265,6 @@ def test_the_file_is_named(write):
         ("data.calibration_images", 0),
         ("data.calibration_images", 1.5),
         ("data.validation_questions", -1),
-        ("data.workers", 0),
         ("heads", []),
         ("heads.method", "magic"),
         ("heads.remove", -0.1),

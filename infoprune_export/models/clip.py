@@ -137,9 +137,6 @@ class ClipBlock(Block):
 class LlavaClipTower(VisionTower):
     """CLIP vision transformer and LLaVA's projector."""
 
-    family = "llava"
-    priors: tuple[Prior, ...] = ("cls", "received")
-
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         config = model.config
@@ -166,7 +163,6 @@ class LlavaClipTower(VisionTower):
         executed = layer if layer >= 0 else depth + 1 + layer
         if not 1 <= executed <= depth:
             raise InfopruneError(f"vision_feature_layer {layer} is outside the tower's {depth} blocks")
-        self.hidden_size = vision.hidden_size
         self.image_size = vision.image_size
         self.tokens_per_image = (vision.image_size // vision.patch_size) ** 2
         head_dim = vision.hidden_size // vision.num_attention_heads

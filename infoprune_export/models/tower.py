@@ -108,13 +108,9 @@ class VisionTower(ABC):
     layer is no part of the tower.
     """
 
-    family: str
-    hidden_size: int
     tokens_per_image: int
     """Visual tokens without selection, N."""
     blocks: Sequence[Block]
-    priors: tuple[Prior, ...]
-    """Attention priors this family can give."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

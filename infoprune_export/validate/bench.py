@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from infoprune_export.artifacts import library_versions
 from infoprune_export.engine.onnxruntime import open_session
@@ -16,6 +18,15 @@ from infoprune_export.models.tower import VisionTower
 from infoprune_export.recipe import BenchSpec, Target, TokensSpec
 from infoprune_export.validate.flops import count_flops
 from infoprune_export.validate.latency import interleaved, machine, paired_ratio, percentiles
+
+
+def time_sessions(
+    sessions: Mapping[str, Any], inputs: Mapping[str, torch.Tensor], spec: BenchSpec, on_round: Callable[[int], None]
+) -> dict[str, NDArray[np.float64]]:
+    """Interleaved milliseconds of ONNX Runtime sessions on the same CPU inputs; see `latency.interleaved`."""
+    feed = {name: value.numpy() for name, value in inputs.items()}
+    calls = {name: partial(session.run, None, feed) for name, session in sessions.items()}
+    return interleaved(calls, rounds=spec.rounds, warmup=spec.warmup, on_round=on_round)
 
 
 def bench_onnx(
@@ -39,13 +50,7 @@ def bench_onnx(
     rows = []
     for batch_size in spec.batch_sizes:
         inputs = original.example_inputs(batch_size, torch.Generator().manual_seed(0))
-        feed = {name: value.numpy() for name, value in inputs.items()}
-        times = interleaved(
-            {side: partial(session.run, None, feed) for side, session in sessions.items()},
-            rounds=spec.rounds,
-            warmup=spec.warmup,
-            on_round=on_round,
-        )
+        times = time_sessions(sessions, inputs, spec, on_round)
         flops = {
             "original": count_flops(VisionEncoder(original, None), inputs),
             "compressed": count_flops(VisionEncoder(compressed, tokens), inputs),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from infoprune_export.models import tower_of
 from infoprune_export.models.tower import VisionTower
 from infoprune_export.recipe import Recipe, Target, TokensSpec
 from infoprune_export.tokens.select import keep_count
-from infoprune_export.validate.bench import bench_onnx
-from infoprune_export.validate.latency import interleaved
+from infoprune_export.validate.bench import bench_onnx, time_sessions
+from infoprune_export.validate.latency import paired_ratio
 
 
 def clip_large_tower(blocks: int = 24, seed: int = 0) -> VisionTower:
@@ -110,22 +109,14 @@ def bench_real_size(
             name: open_session(root / name / MODEL, target, threads=spec.threads) for name in ("first", "selecting")
         }
         inputs = original.example_inputs(1, torch.Generator().manual_seed(0))
-        feed = {name: value.numpy() for name, value in inputs.items()}
-        times = interleaved(
-            {name: partial(session.run, None, feed) for name, session in sessions.items()},
-            rounds=spec.rounds,
-            warmup=spec.warmup,
-            on_round=on_round,
-        )
-    fractions = (times["selecting"] - times["first"]) / times["first"]
-    picks = np.random.default_rng(0).integers(len(fractions), size=(2000, len(fractions)))
-    low, high = np.percentile(np.median(fractions[picks], axis=1), [2.5, 97.5])
+        times = time_sessions(sessions, inputs, spec, on_round)
+    added = {name: ratio - 1 for name, ratio in paired_ratio(times["selecting"], times["first"]).items()}
     result["selection"] = {
         "tokens": 576,
         "kept": keep,
         "milliseconds": float(np.median(times["selecting"] - times["first"])),
-        "fraction": float(np.median(fractions)),
-        "low": float(low),
-        "high": float(high),
+        "fraction": added["median"],
+        "low": added["low"],
+        "high": added["high"],
     }
     return result
