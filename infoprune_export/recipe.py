@@ -15,13 +15,16 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 import yaml
 from pydantic import Field, field_validator, model_validator
 
 from infoprune_export.errors import InfopruneError
+
+if TYPE_CHECKING:
+    import torch
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
@@ -41,6 +44,8 @@ class ModelSpec(_Spec):
     """A folder, a hub id such as ``llava-hf/llava-1.5-7b-hf`` (nothing else uses the network), or ``testbed/…``."""
     revision: str | None = None
     trust_remote_code: bool = False
+    image_packing: Literal["anyres", "tiles"] = "anyres"
+    """LLaVA-NeXT only. Its own packing, or all tokens of all tiles (2880 for 2 x 2), as in token pruning papers."""
 
 
 class DataSpec(_Spec):
@@ -57,6 +62,8 @@ class DataSpec(_Spec):
     prompts: tuple[str, ...] = ("Describe the image.",)
     calibration_images: int = Field(448, ge=1)
     validation_questions: int = Field(2000, ge=1)
+    scene_sizes: Literal["square", "mixed"] = "square"
+    """Sizes of the procedural scenes: 112 x 112 pixels, or one of seven sizes of about that area for each scene."""
 
     @field_validator("prompts", mode="before")
     @classmethod
@@ -176,8 +183,38 @@ class TokensSpec(_Spec):
 
 
 class ExportSpec(_Spec):
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Type of weights and activations; the module is exported as it is typed, the graph is never converted."""
+    quantization: Literal["none", "int8"] = "none"
+    """INT8 weights and activations of linear layers (QDQ), calibrated on the calibration images; needs fp32."""
+    images: Literal["auto", "one", "several"] = "auto"
+    """Images per call where the family allows any size (Qwen, LLaVA-NeXT). One is faster, and all that token selection
+    takes there. Auto: several without selection, one with it."""
     opset: int = Field(20, ge=18, le=22)
     """20 is the newest every supported TensorRT reads (10.3 on Jetson included)."""
+
+    @model_validator(mode="after")
+    def _int8_from_fp32(self) -> ExportSpec:
+        if self.quantization == "int8" and self.precision != "fp32":
+            raise ValueError(f"quantization int8 with precision {self.precision}: INT8 is made from fp32; use fp32")
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """`precision` as torch names it."""
+        import torch
+
+        return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.precision]
+
+    @property
+    def several(self) -> bool | None:
+        """`images` as the exporter takes it."""
+        return None if self.images == "auto" else self.images == "several"
+
+    @property
+    def numerics(self) -> str:
+        """What tolerances go by: fp32, fp16, bf16 or int8."""
+        return "int8" if self.quantization == "int8" else self.precision
 
 
 class EngineSpec(_Spec):
@@ -193,9 +230,13 @@ class ValidateSpec(_Spec):
     min_agreement: float = Field(0.8, ge=0, le=1)
     """Without annotations: fraction of questions both models answer alike."""
     rewrite_tolerance: float = Field(1e-5, gt=0)
-    onnx_tolerance: float = Field(1e-4, gt=0)
+    onnx_tolerance: float | None = Field(None, gt=0)
+    """Largest error, relative. By default 1e-4 in fp32, 3e-2 in fp16, 0.2 in bf16, 0.5 in INT8."""
+    min_cosine: float | None = Field(None, ge=0, le=1)
+    """By default 0.999999 in fp32, 0.9995 in fp16, 0.99 in bf16, 0.99 in INT8."""
     replay_tolerance: float = Field(1e-2, gt=0)
-    """Worst step of the kept indices when replayed in float64: 1 - residual / best residual."""
+    """Worst step of the kept indices when replayed in float64: 1 - residual / best residual. Judged in fp32 only: in
+    lower precision the features themselves differ by more, and accuracy judges."""
     parity_batches: Sizes = (1, 3, 8)
 
     @field_validator("parity_batches", mode="before")

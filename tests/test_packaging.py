@@ -1,5 +1,6 @@
 """What a user installs must be complete."""
 
+import os
 import re
 import subprocess
 import sys
@@ -41,6 +42,43 @@ def test_installed_wheel_finds_its_recipes(wheel, tmp_path):
         "assert 'quickstart' in assets('recipes'); r = load_recipe('quickstart'); load_target(r.engine.target)"
     )
     subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, check=True)
+
+
+def test_wheel_carries_one_file_of_the_optimum_namespace(wheel):
+    """An __init__.py there would hide optimum itself."""
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("optimum/")]
+    assert names == ["optimum/commands/register/register_infoprune.py"]
+
+
+def test_optimum_finds_our_command_in_an_installed_wheel(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    assert str(tmp_path) in _optimum_help(f"sys.path.insert(0, {str(tmp_path)!r})", tmp_path)
+
+
+def test_optimum_finds_our_command_in_an_editable_install(tmp_path):
+    """What `pip install -e` puts into site-packages is what this wheel holds."""
+    build = f"from hatchling.build import build_editable; build_editable({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True, capture_output=True)
+    site = tmp_path / "site"
+    zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(site)
+    assert str(ROOT) in _optimum_help(f"import site; site.addsitedir({str(site)!r})", tmp_path)
+
+
+def _optimum_help(install: str, cwd: Path) -> str:
+    """Run ``optimum-cli export infoprune --help`` after `install`; returns where our package came from."""
+    code = (
+        f"import sys; {install}; sys.argv[1:] = ['export', 'infoprune', '--help']\n"
+        "from optimum.commands.optimum_cli import main\n"
+        "try: main()\n"
+        "finally: print(sys.modules['infoprune_export'].__file__, 'torch' in sys.modules)"
+    )
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--keep-ratio" in done.stdout
+    origin, imported = done.stdout.splitlines()[-1].rsplit(" ", 1)
+    assert imported == "False"
+    return origin
 
 
 def test_constraints_pin_every_dependency():

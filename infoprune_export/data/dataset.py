@@ -32,7 +32,7 @@ def draw_scenes(folder: Path, spec: DataSpec, seed: int) -> None:
     questions = 0
     while len(entries) < spec.calibration_images or questions < spec.validation_questions:
         number = len(entries)
-        scene, image = scenes.scene_at(seed, number)
+        scene, image = scenes.scene_at(seed, number, spec.scene_sizes)
         image.save(images / f"scene_{number:012d}.png")
         rng = np.random.default_rng([seed, number, 1])
         asked = [Question(q.text, (q.answer,) * 10, q.kind) for q in scenes.ask(scene, rng, _QUESTIONS_PER_SCENE)]

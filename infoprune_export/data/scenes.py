@@ -1,9 +1,9 @@
 """Procedural scenes: images with known content, and questions whose answers follow from it.
 
-A scene is 112 x 112 pixels with two to five coloured shapes and, most of the time, a sign that carries a word or a
-two-digit number, over a textured background with distractor lines and sensor noise. Questions cover the kinds of
-visual question answering that token and head pruning are known to hurt differently: attributes, counting, existence
-(as in POPE), relations, position, and reading text (as in TextVQA).
+A scene is 112 x 112 pixels, or one of `MIXED_SIZES`, with two to five coloured shapes and, most of the time, a sign
+that carries a word or a two-digit number, over a textured background with distractor lines and sensor noise. Questions
+cover the kinds of visual question answering that token and head pruning are known to hurt differently: attributes,
+counting, existence (as in POPE), relations, position, and reading text (as in TextVQA).
 
 Everything is a function of ``(seed, index)``: image ``i`` of a split is the same whether it is drawn alone or among
 thousands, on any machine with the same NumPy and Pillow.
@@ -14,12 +14,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 IMAGE_SIZE = 112
+# (width, height) in pixels: 60 to 66 cells of 14 x 14, as in a square scene. Among (columns, rows) of cells only the
+# square's 8 x 8 divides by 4, so that a tower with windows of 4 x 4 cells has windows cut off at the image border.
+MIXED_SIZES = ((112, 112), (126, 98), (98, 126), (140, 84), (84, 140), (154, 84), (84, 154))
 SHAPES = ("circle", "square", "triangle", "cross", "star", "ring")
 COLORS = {
     "red": (214, 38, 40),
@@ -68,8 +71,12 @@ class Sign:
 
 @dataclass(frozen=True)
 class Scene:
+    """``width`` and ``height`` in pixels."""
+
     items: tuple[Item, ...]
     sign: Sign | None
+    width: int = IMAGE_SIZE
+    height: int = IMAGE_SIZE
 
 
 @dataclass(frozen=True)
@@ -84,17 +91,17 @@ class Question:
 # ── Composition ──────────────────────────────────────────────────────────────
 
 
-def compose(rng: np.random.Generator) -> Scene:
+def compose(rng: np.random.Generator, width: int = IMAGE_SIZE, height: int = IMAGE_SIZE) -> Scene:
     """Draw the content of a scene: first the sign, then shapes that overlap neither it nor each other."""
     boxes: list[tuple[float, float, float, float]] = []
-    sign = _compose_sign(rng) if rng.random() < 0.7 else None
+    sign = _compose_sign(rng, width, height) if rng.random() < 0.7 else None
     if sign is not None:
         half_w, half_h = sign.width / 2, sign.height / 2
         boxes.append((sign.x - half_w, sign.y - half_h, sign.x + half_w, sign.y + half_h))
     items: list[Item] = []
     taken: set[tuple[str, str]] = set()
     for _ in range(int(rng.integers(2, 6))):
-        placed = _place(rng, boxes)
+        placed = _place(rng, boxes, width, height)
         if placed is None:
             continue
         x, y, radius = placed
@@ -103,10 +110,10 @@ def compose(rng: np.random.Generator) -> Scene:
         taken.add((shape, color))
         boxes.append((x - radius - 1, y - radius - 1, x + radius + 1, y + radius + 1))
         items.append(Item(shape, color, x, y, radius, float(rng.uniform(0, 2 * math.pi))))
-    return Scene(tuple(items), sign)
+    return Scene(tuple(items), sign, width, height)
 
 
-def _compose_sign(rng: np.random.Generator) -> Sign:
+def _compose_sign(rng: np.random.Generator, scene_width: int, scene_height: int) -> Sign:
     if rng.random() < 0.5:
         text, font_size = str(rng.integers(10, 100)), int(rng.integers(13, 17))
     else:
@@ -114,17 +121,17 @@ def _compose_sign(rng: np.random.Generator) -> Sign:
     left, top, right, bottom = _font(font_size).getbbox(text)
     width = (right - left) / _SUPERSAMPLING + 6
     height = (bottom - top) / _SUPERSAMPLING + 6
-    x = float(rng.uniform(width / 2 + 1, IMAGE_SIZE - width / 2 - 1))
-    y = float(rng.uniform(height / 2 + 1, IMAGE_SIZE - height / 2 - 1))
+    x = float(rng.uniform(width / 2 + 1, scene_width - width / 2 - 1))
+    y = float(rng.uniform(height / 2 + 1, scene_height - height / 2 - 1))
     return Sign(text, x, y, width, height, font_size, dark=bool(rng.random() < 0.5))
 
 
 def _place(
-    rng: np.random.Generator, boxes: list[tuple[float, float, float, float]]
+    rng: np.random.Generator, boxes: list[tuple[float, float, float, float]], width: int, height: int
 ) -> tuple[float, float, float] | None:
     for _ in range(60):
         radius = float(rng.uniform(6.5, 10.5))
-        x, y = (float(v) for v in rng.uniform(radius + 1, IMAGE_SIZE - radius - 1, 2))
+        x, y = float(rng.uniform(radius + 1, width - radius - 1)), float(rng.uniform(radius + 1, height - radius - 1))
         low_x, low_y, high_x, high_y = x - radius - 1, y - radius - 1, x + radius + 1, y + radius + 1
         if all(high_x < b[0] or low_x > b[2] or high_y < b[1] or low_y > b[3] for b in boxes):
             return x, y, radius
@@ -136,31 +143,32 @@ def _place(
 
 def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """Paint a scene; `rng` decides texture, clutter, colour jitter and noise. Returns an RGB image."""
-    size = IMAGE_SIZE * _SUPERSAMPLING
-    canvas = Image.fromarray(_background(rng)).resize((size, size), Image.Resampling.BILINEAR)
+    width, height = scene.width * _SUPERSAMPLING, scene.height * _SUPERSAMPLING
+    background = _background(rng, scene.width, scene.height)
+    canvas = Image.fromarray(background).resize((width, height), Image.Resampling.BILINEAR)
     draw = ImageDraw.Draw(canvas)
     for _ in range(int(rng.integers(0, 4))):
         grey = int(rng.integers(30, 226))
-        x0, y0, x1, y1 = (float(v) for v in rng.uniform(0, size, 4))
+        x0, y0, x1, y1 = (float(rng.uniform(0, side)) for side in (width, height, width, height))
         draw.line((x0, y0, x1, y1), fill=(grey, grey, grey), width=int(rng.integers(1, 4)))
     for item in scene.items:
         jittered = np.clip(np.array(COLORS[item.color]) + rng.normal(0, 12, 3), 0, 255).astype(int)
         _draw_item(draw, item, (int(jittered[0]), int(jittered[1]), int(jittered[2])))
     if scene.sign is not None:
         _draw_sign(draw, scene.sign)
-    pixels = np.asarray(canvas.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX), np.float32)
-    noise = rng.normal(0, rng.uniform(2, 9), (IMAGE_SIZE, IMAGE_SIZE, 1))
+    pixels = np.asarray(canvas.resize((scene.width, scene.height), Image.Resampling.BOX), np.float32)
+    noise = rng.normal(0, rng.uniform(2, 9), (scene.height, scene.width, 1))
     return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
 
 
-def _background(rng: np.random.Generator) -> np.ndarray:
-    """One of five textures: plain, gradient, stripes, checks, clouds. uint8 [S, S, 3]."""
-    yy, xx = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32)
-    image = np.ones((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32) * (rng.uniform(70, 190) + rng.normal(0, 10, 3))
+def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """One of five textures: plain, gradient, stripes, checks, clouds. uint8 [height, width, 3]."""
+    yy, xx = np.mgrid[0:height, 0:width].astype(np.float32)
+    image = np.ones((height, width, 3), np.float32) * (rng.uniform(70, 190) + rng.normal(0, 10, 3))
     texture = int(rng.integers(0, 5))
     if texture == 1:
         angle = rng.uniform(0, 2 * math.pi)
-        ramp = (xx * math.cos(angle) + yy * math.sin(angle)) / IMAGE_SIZE
+        ramp = (xx * math.cos(angle) + yy * math.sin(angle)) / max(width, height)
         image += (ramp * rng.uniform(-60, 60))[..., None]
     elif texture == 2:
         angle, period = rng.uniform(0, math.pi), rng.uniform(5, 16)
@@ -172,7 +180,7 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     elif texture == 4:
         cells = int(rng.integers(4, 10))
         coarse = Image.fromarray(rng.normal(0, 22, (cells, cells)).astype(np.float32))
-        image += np.asarray(coarse.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))[..., None]
+        image += np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))[..., None]
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
@@ -316,11 +324,11 @@ def _ask_relation(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | N
 
 
 def _ask_side(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    options = [item for item in _unique(scene.items, "shape") if abs(item.x - IMAGE_SIZE / 2) > 5]
+    options = [item for item in _unique(scene.items, "shape") if abs(item.x - scene.width / 2) > 5]
     if not options:
         return None
     item = _choice(rng, options)
-    return f"Which side is the {item.shape} on?", "left" if item.x < IMAGE_SIZE / 2 else "right"
+    return f"Which side is the {item.shape} on?", "left" if item.x < scene.width / 2 else "right"
 
 
 def _ask_text(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
@@ -357,8 +365,14 @@ def ask(scene: Scene, rng: np.random.Generator, count: int) -> list[Question]:
     return list(questions.values())
 
 
-def scene_at(seed: int, index: int) -> tuple[Scene, Image.Image]:
+def mixed_size(seed: int, index: int) -> tuple[int, int]:
+    """Width and height, one of `MIXED_SIZES`, of scene `index` of the stream that `seed` names."""
+    return MIXED_SIZES[int(np.random.default_rng([seed, index, 2]).integers(len(MIXED_SIZES)))]
+
+
+def scene_at(seed: int, index: int, sizes: Literal["square", "mixed"] = "square") -> tuple[Scene, Image.Image]:
     """Scene and image number `index` of the stream that `seed` names."""
     rng = np.random.default_rng([seed, index])
-    scene = compose(rng)
+    width, height = mixed_size(seed, index) if sizes == "mixed" else (IMAGE_SIZE, IMAGE_SIZE)
+    scene = compose(rng, width, height)
     return scene, render(scene, rng)

@@ -19,11 +19,17 @@ class Engine(ABC):
 
     @abstractmethod
     def run(self, **inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        """Outputs by name: image_features [B, T, D_llm] and, with selection, kept_indices int64 [B, T].
+        """Planned tensors (`VisionTower.plan`) to outputs by name.
+
+        image_features [B, T, D_llm] and, with selection, kept_indices int64 [B, T].
 
         Raises:
             InfopruneError: an input is missing, unknown, or of the wrong shape or dtype.
         """
+
+    @abstractmethod
+    def input_types(self) -> dict[str, np.dtype[Any]]:
+        """Name and dtype of every input, in order."""
 
     @abstractmethod
     def describe(self) -> Compatibility:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,9 @@ from infoprune_export.artifacts import canonical_json
 from infoprune_export.engine.base import Backend, Compatibility, Engine, check_array
 from infoprune_export.errors import InfopruneError
 from infoprune_export.recipe import Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ENGINE = "engine.onnx"
 RECORD = "engine.json"
@@ -60,6 +64,14 @@ def open_session(model: Path, target: Target, threads: int | None = None) -> Any
     return _runtime().InferenceSession(model, session_options(target, threads), providers=list(target.providers))
 
 
+def feed_of(session: Any, planned: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    """Planned tensors as a session takes them: only its inputs, floats in its precision."""
+    return {
+        value.name: planned[value.name].cpu().numpy().astype(_DTYPES[value.type], copy=False)
+        for value in session.get_inputs()
+    }
+
+
 class OnnxRuntimeEngine(Engine):
     """A session with checked inputs."""
 
@@ -82,6 +94,9 @@ class OnnxRuntimeEngine(Engine):
             if problem := check_array(name, inputs[name], shape, dtype):
                 raise InfopruneError(f"{problem}; let the model's own processor prepare the images")
         return dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
+
+    def input_types(self) -> dict[str, np.dtype[Any]]:
+        return {name: dtype for name, (_, dtype) in self._inputs.items()}
 
     def describe(self) -> Compatibility:
         return dict(self._record)

@@ -2,8 +2,10 @@
 
 Stages of `export_onnx`:
 
-1. `VisionEncoder` puts tower, selection and projector behind one ``forward``.
-2. ``torch.onnx.export`` traces it with a dynamic batch; the selection becomes one ``infoprune::TokenSelect`` node.
+1. `VisionEncoder` puts tower, selection and projector behind one ``forward`` on planned tensors.
+2. ``torch.onnx.export`` traces it in the dtype of its weights, with every extent dynamic that varies between images;
+   the selection becomes one ``infoprune::TokenSelect`` node. Rotary angles, RMSNorm's mean square, the token prior and
+   the selection are fp32 in every dtype, because the PyTorch code says so; LayerNormalization is by its definition.
 3. Stack traces with local paths are removed from the graph, and the operator's function body is attached.
 4. The file is written, weights beside it, and checked by onnx.
 """
@@ -16,60 +18,47 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
 from infoprune_export.export import operator
-from infoprune_export.models.tower import VisionTower
+from infoprune_export.models.tower import Form, VisionTower
 from infoprune_export.recipe import TokensSpec
-from infoprune_export.tokens.select import select_and_merge
+from infoprune_export.tokens.encoder import VisionEncoder
 
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
 
 
-class VisionEncoder(nn.Module):
-    """pixel_values -> (image_features [B, T, D_llm], kept_indices [B, T]); without selection T = N and no indices."""
+def export_onnx(
+    tower: VisionTower, tokens: TokensSpec | None, folder: Path, *, opset: int, several: bool | None = None
+) -> Form:
+    """Write `MODEL` and `WEIGHTS` into an existing folder, in the dtype of the tower's weights; returns the graph's form.
 
-    def __init__(self, tower: VisionTower, tokens: TokensSpec | None) -> None:
-        super().__init__()
-        self.model = tower.model
-        self._tower = tower
-        self._tokens = tokens if tokens is not None and tokens.method != "none" else None
-
-    @property
-    def output_names(self) -> list[str]:
-        return ["image_features"] if self._tokens is None else ["image_features", "kept_indices"]
-
-    def forward(self, pixel_values: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        before_last, stream = self._tower.run_blocks(self._tower.embed({"pixel_values": pixel_values}))
-        if self._tokens is None:
-            return self._tower.project(self._tower.visual_tokens(stream))
-        kept_tokens, kept = select_and_merge(self._tower, self._tokens, before_last, stream)
-        return self._tower.project(kept_tokens), kept
-
-
-def export_onnx(tower: VisionTower, tokens: TokensSpec | None, folder: Path, *, opset: int) -> None:
-    """Write `MODEL` and `WEIGHTS` into an existing folder. The batch is dynamic, everything else static.
-
-    The tower must be on the CPU and in evaluation mode.
+    `several` as in `form_of`. The tower must be on the CPU and in evaluation mode.
     """
-    encoder = VisionEncoder(tower, tokens)
-    example = tower.example_inputs(2, torch.Generator().manual_seed(0))
-    export_module(encoder, example["pixel_values"], encoder.output_names, folder, opset=opset)
+    encoder = VisionEncoder(tower, tokens, several)
+    export_module(encoder, tower, encoder.form, encoder.output_names, folder, opset=opset)
+    return encoder.form
 
 
-def export_module(module: nn.Module, pixel_values: Tensor, outputs: list[str], folder: Path, *, opset: int) -> None:
-    """`export_onnx` for any module from pixel values [B, ...] to named outputs; B is at least 2 in the example."""
+def export_module(
+    module: nn.Module, tower: VisionTower, form: Form, outputs: list[str], folder: Path, *, opset: int
+) -> None:
+    """`export_onnx` for any module from a tower's planned tensors to named outputs."""
+    images = 3 if form.several else 1
+    example = typed(tower, tower.example_planned(images, torch.Generator().manual_seed(0), form))
     with torch.no_grad():
         program = torch.onnx.export(
             module.eval(),
-            (pixel_values,),
-            input_names=["pixel_values"],
+            (),
+            kwargs={"planned": example},
+            input_names=list(example),
             output_names=outputs,
-            dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch", min=1)}},
+            dynamic_shapes={"planned": {name: {} for name in example} | tower.dynamic_shapes(form)},
             opset_version=opset,
             dynamo=True,
             custom_translation_table=operator.translation_table(),
@@ -77,17 +66,49 @@ def export_module(module: nn.Module, pixel_values: Tensor, outputs: list[str], f
         )
     assert program is not None
     ClearMetadataAndDocStringPass()(program.model)
+    widen_convolutions(program.model)
     operator.attach_body(program.model)
     program.save(folder / MODEL, external_data=True)
     onnx.checker.check_model(folder / MODEL, full_check=True)
 
 
-def golden_io(tower: VisionTower, tokens: TokensSpec | None, batch_size: int, seed: int) -> dict[str, NDArray[Any]]:
-    """A fixed input batch and PyTorch's outputs for it, by ONNX name, for whoever has only the file."""
-    encoder = VisionEncoder(tower, tokens).eval()
-    inputs = tower.example_inputs(batch_size, torch.Generator().manual_seed(seed))
+def widen_convolutions(model: ir.Model) -> None:
+    """Compute bf16 convolutions in fp32: ONNX has bf16 ones from opset 22 on only. There is one, the patch embedding."""
+    if model.opset_imports[""] >= 22:
+        return
+    for node in list(model.graph):
+        if node.op_type != "Conv" or node.outputs[0].dtype != ir.DataType.BFLOAT16:
+            continue
+        wide = ir.Value(name=f"{node.outputs[0].name}_fp32", type=ir.TensorType(ir.DataType.FLOAT))
+        inputs = []
+        for place, value in enumerate(node.inputs):
+            if value is None:
+                inputs.append(None)
+                continue
+            cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{node.name}_input_{place}")
+            cast.outputs[0].name = f"{node.name}_input_{place}"
+            cast.outputs[0].dtype, cast.outputs[0].shape = ir.DataType.FLOAT, value.shape
+            model.graph.insert_before(node, cast)
+            inputs.append(cast.outputs[0])
+        wide.shape = node.outputs[0].shape
+        conv = ir.Node("", "Conv", inputs, list(node.attributes.values()), outputs=[wide], name=f"{node.name}_fp32")
+        back = ir.node("Cast", [wide], {"to": ir.DataType.BFLOAT16}, name=node.name)
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], [conv, back], node.outputs, back.outputs)
+
+
+def typed(tower: VisionTower, planned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Planned tensors with pixels in the dtype of the tower's weights; indices and fp32 interpolation weights stay."""
+    dtype = tower.blocks[0].ffn_out.bias.dtype
+    return {name: value.to(dtype) if name == "pixel_values" else value for name, value in planned.items()}
+
+
+def golden_io(
+    tower: VisionTower, tokens: TokensSpec | None, images: int, seed: int, several: bool | None = None
+) -> dict[str, NDArray[Any]]:
+    """Planned tensors of one call and PyTorch's outputs for it, by ONNX name, for whoever has only the file."""
+    encoder = VisionEncoder(tower, tokens, several).eval()
+    inputs = tower.example_inputs(images, torch.Generator().manual_seed(seed))
+    planned = typed(tower, tower.calls(inputs, encoder.form)[0])
     with torch.inference_mode():
-        outputs = encoder(inputs["pixel_values"])
-    values = outputs if isinstance(outputs, tuple) else (outputs,)
-    named: Mapping[str, Tensor] = {**inputs, **dict(zip(encoder.output_names, values, strict=True))}
+        named: Mapping[str, Tensor] = {**planned, **encoder.run(planned)}
     return {name: np.ascontiguousarray(value.cpu().numpy()) for name, value in named.items()}

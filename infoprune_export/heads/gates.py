@@ -49,7 +49,7 @@ def head_grams(vlm: VLM, samples: Sequence[Sample], batch_size: int = 32) -> lis
     with contextlib.ExitStack() as stack:
         inputs = [stack.enter_context(captured_input(block.attention_out)) for block in vlm.tower.blocks]
         for batch in batches(samples, batch_size):
-            vlm.tower.run_blocks(vlm.tower.embed(inputs_of(vlm, batch)))
+            vlm.tower.features_of(inputs_of(vlm, batch))
             for i, last_input in enumerate(inputs):
                 z = last_input().flatten(0, -2).double().cpu()
                 grams[i] = z.T @ z if not tokens else grams[i] + z.T @ z

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 # Hugging Face model_type -> adapter, imported when a model of that type is opened.
 FAMILIES = {
-    "llava": "infoprune_export.models.clip:LlavaClipTower",
+    "llava": "infoprune_export.models.clip:LlavaTower",
+    "llava_next": "infoprune_export.models.llava_next:LlavaNextTower",
+    "qwen2_vl": "infoprune_export.models.qwen:QwenTower",
+    "qwen2_5_vl": "infoprune_export.models.qwen:QwenTower",
+    "qwen3_vl": "infoprune_export.models.qwen:QwenTower",
 }
 
 

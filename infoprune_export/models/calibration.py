@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from infoprune_export.data.vqa import Sample, open_image
-from infoprune_export.models.tower import Block, VisionTower
-from infoprune_export.models.vlm import VLM, answer_loss, preprocess
+from infoprune_export.models.tower import Block, Context, Form, VisionTower
+from infoprune_export.models.vlm import VLM, VisualTokens, answer_loss, preprocess
 
 Site = Literal["attention", "ffn"]
 
@@ -47,12 +47,14 @@ class TaskLoss:
     def __call__(self, vlm: VLM, samples: Sequence[Sample], rng: np.random.Generator) -> Tensor:
         """Scalar loss of `vlm`'s tower on these samples; `rng` chooses the questions."""
         inputs = inputs_of(vlm, samples)
-        features = vlm.tower.features(inputs)
+        features = vlm.tower.features_of(inputs)
         if not self._labelled:
             with torch.no_grad():
-                target = self._original.features(inputs)
+                target = self._original.features_of(inputs)
             return (features - target).square().mean() / target.var(dim=(0, 1)).mean()
-        return self._answers(vlm, features, samples, rng)
+        layouts = vlm.tower.layouts(inputs)
+        split = features[0].split([layout.ids.shape[1] for layout in layouts]) if vlm.tower.ragged else features
+        return self._answers(vlm, VisualTokens.of(list(split), layouts), samples, rng)
 
     def probe(self, vlm: VLM, samples: Sequence[Sample], rng: np.random.Generator) -> Tensor:
         """A scalar whose gradient g has the loss's curvature as second moment E[g g^T].
@@ -62,11 +64,11 @@ class TaskLoss:
         """
         if self._labelled:
             return self(vlm, samples, rng)
-        features = vlm.tower.features(inputs_of(vlm, samples))
+        features = vlm.tower.features_of(inputs_of(vlm, samples))
         noise = torch.from_numpy(rng.standard_normal(features.shape)).to(features)
         return (features * noise).sum() / features.detach().std()
 
-    def _answers(self, vlm: VLM, features: Tensor, samples: Sequence[Sample], rng: np.random.Generator) -> Tensor:
+    def _answers(self, vlm: VLM, visual: VisualTokens, samples: Sequence[Sample], rng: np.random.Generator) -> Tensor:
         rows, questions, answers = [], [], []
         for row, sample in enumerate(samples):
             count = min(self._per_image, len(sample.questions))
@@ -75,7 +77,7 @@ class TaskLoss:
                 rows.append(row)
                 questions.append(question.text)
                 answers.append(max(question.answers, key=question.answers.count))
-        return answer_loss(vlm, features[rows], questions, answers)
+        return answer_loss(vlm, visual.rows(rows), questions, answers)
 
 
 # ── Streams ──────────────────────────────────────────────────────────────────
@@ -96,10 +98,17 @@ def captured_input(module: nn.Module) -> Iterator[Callable[[], Tensor]]:
         handle.remove()
 
 
-def embed_all(vlm: VLM, samples: Sequence[Sample], batch_size: int = 32) -> list[Tensor]:
-    """First residual stream of every batch, [b, S, D] each, on the CPU."""
-    with torch.no_grad():
-        return [vlm.tower.embed(inputs_of(vlm, batch)).cpu() for batch in batches(samples, batch_size)]
+Start = tuple[Tensor, Context]
+
+
+def embed_all(vlm: VLM, samples: Sequence[Sample], batch_size: int = 32) -> list[Start]:
+    """First residual stream of every batch with its context, on the CPU."""
+    starts = []
+    for batch in batches(samples, batch_size):
+        with torch.no_grad():
+            stream, context = vlm.tower.embed(vlm.tower.plan(inputs_of(vlm, batch), Form()))
+        starts.append((stream.cpu(), context.to("cpu")))
+    return starts
 
 
 class Streams:
@@ -108,10 +117,14 @@ class Streams:
     Costs one pass over each block and the memory of one stream per image and tower.
     """
 
-    def __init__(self, start: list[Tensor], device: torch.device) -> None:
-        self.original = list(start)
-        self.changed = list(start)
+    def __init__(self, start: Sequence[Start], device: torch.device) -> None:
+        self.original = [stream for stream, _ in start]
+        self.changed = list(self.original)
+        self._contexts = [context for _, context in start]
         self._device = device
+
+    def _run(self, block: Block, stream: Tensor, context: Context) -> Tensor:
+        return block.run(stream.to(self._device), context.to(self._device))
 
     @torch.no_grad()
     def refit(self, site: Site, original: Block, changed: Block, ridge: float) -> tuple[Tensor, Tensor]:
@@ -128,9 +141,9 @@ class Streams:
             captured_input(original.ffn_norm) as middle_original,
             captured_input(changed.ffn_norm) as middle_changed,
         ):
-            for stream_original, stream_changed in zip(self.original, self.changed, strict=True):
-                end_original = original.run(stream_original.to(self._device))
-                end_changed = changed.run(stream_changed.to(self._device))
+            for before, after, context in zip(self.original, self.changed, self._contexts, strict=True):
+                end_original = self._run(original, before, context)
+                end_changed = self._run(changed, after, context)
                 middle = site == "attention"
                 difference = middle_original() - middle_changed() if middle else end_original - end_changed
                 if projection.in_features:
@@ -148,8 +161,9 @@ class Streams:
     @torch.no_grad()
     def advance(self, original: Block, changed: Block) -> None:
         """Move both streams behind this block."""
-        self.original = [original.run(stream.to(self._device)).cpu() for stream in self.original]
-        self.changed = [changed.run(stream.to(self._device)).cpu() for stream in self.changed]
+        pairs = list(zip(self.original, self.changed, self._contexts, strict=True))
+        self.original = [self._run(original, stream, context).cpu() for stream, _, context in pairs]
+        self.changed = [self._run(changed, stream, context).cpu() for _, stream, context in pairs]
 
 
 class AffineFit:

@@ -1,161 +1,184 @@
 """The one view of a vision encoder that the rest of the package uses.
 
-A family's adapter subclasses `VisionTower` and `Block`. Nothing outside this folder names a family's attributes: the
-compression rooms see blocks with an output projection (its input is the concatenated head outputs) and a down
-projection (its input is the neurons), and a residual stream that can be run block by block.
+A family's adapter subclasses `VisionTower` and fills `Block` with a table of names. Nothing outside this folder names a
+family's attributes: the compression rooms see blocks with an output projection (its input is the concatenated head
+outputs) and a down projection (its input is the neurons), and a residual stream that can be run block by block.
+
+Three steps lead from images to visual tokens:
+
+1. The family's own processor makes *inputs* of them (``pixel_values`` and, by family, grids or sizes).
+2. `VisionTower.plan` turns inputs into *planned* tensors on the host: everything that is control flow on data (windows,
+   segments, tiles) becomes an index array. These are also what an exported graph takes.
+3. `embed`, `run_blocks`, `visual_tokens` and `project` compute; they trace on every size.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from infoprune_export.errors import InfopruneError
+from infoprune_export.models.attention import Context
+from infoprune_export.models.block import Block, BlockNames, FfnShape
+
+__all__ = ["Activations", "Block", "BlockNames", "Context", "FfnShape", "Form", "Layout", "Prior", "VisionTower"]
+
 Prior = Literal["cls", "received"]
+Inputs = Mapping[str, Tensor]
+"""What a processor returns for a batch of images."""
+Planned = Mapping[str, Tensor]
+"""What an encoder computes from; see `VisionTower.plan`."""
 
 
 @dataclass(frozen=True)
-class FfnShape:
-    """What a block's feed-forward network is made of.
+class Form:
+    """Which graph of an encoder is meant; the planned tensors differ."""
 
-    ``mlp``: down(act(up(x))), `size` neurons. ``linear``: down(up(x)), rank `size`. ``constant``: the down projection's
-    bias, `size` 0.
-    """
-
-    kind: Literal["mlp", "linear", "constant"]
-    size: int
+    several: bool = True
+    """Several images per call. One image needs no segments for full attention, so its graph is faster."""
+    selecting: bool = False
+    """Visual tokens are selected. A tower whose images differ in size then takes one image per call."""
 
 
-class Block(ABC):
-    """One transformer block: attention then feed-forward network, each added to the residual stream."""
+@dataclass(frozen=True)
+class Layout:
+    """Where one image's visual tokens stand in the language model's positions."""
 
-    module: nn.Module
-    head_dim: int
+    ids: Tensor
+    """int64 [A, N], relative to the first token's; A = 1, or 3 (time, row, column) under M-RoPE."""
+    advance: int
+    """How much further than the first token the text behind the image starts."""
 
-    @abstractmethod
-    def run(self, stream: Tensor) -> Tensor:
-        """The residual stream [B, S, D] behind this block."""
 
-    # ── Structure ──
+@dataclass(frozen=True)
+class Activations:
+    """The residual stream where something is read from it."""
 
-    @property
-    @abstractmethod
-    def num_heads(self) -> int: ...
-
-    @property
-    @abstractmethod
-    def ffn_shape(self) -> FfnShape: ...
-
-    @property
-    @abstractmethod
-    def attention_out(self) -> nn.Linear:
-        """Output projection, weight [D, num_heads * head_dim]."""
-
-    @property
-    @abstractmethod
-    def ffn_in(self) -> nn.Linear:
-        """First projection of the FFN, weight [size, D]."""
-
-    @property
-    @abstractmethod
-    def ffn_out(self) -> nn.Linear:
-        """Down projection, weight [D, size]."""
-
-    @property
-    @abstractmethod
-    def ffn_norm(self) -> nn.Module:
-        """Normalisation before the FFN; its input is the residual stream between attention and FFN."""
-
-    # ── Surgery, in place ──
-
-    @abstractmethod
-    def keep_heads(self, heads: Sequence[int]) -> None:
-        """Remove all other heads: rows and biases of q, k and v, columns of the output projection.
-
-        `head_dim`, the softmax scale and the output projection's bias stay. Without any head the attention is that
-        bias (spec C).
-        """
-
-    @abstractmethod
-    def keep_neurons(self, neurons: Sequence[int]) -> None:
-        """Remove all other FFN neurons; without any, the FFN is the down projection's bias."""
-
-    @abstractmethod
-    def make_ffn_linear(self, rank: int) -> None:
-        """Replace the FFN by down(up(x)) of this rank, without activation; weights are zero until assigned."""
-
-    @torch.no_grad()
-    def set_attention_out(self, weight: Tensor, bias: Tensor) -> None:
-        """Overwrite the output projection, [D, num_heads * head_dim] and [D]."""
-        self.attention_out.weight.copy_(weight)
-        self.attention_out.bias.copy_(bias)
-
-    @torch.no_grad()
-    def set_ffn_out(self, weight: Tensor, bias: Tensor) -> None:
-        """Overwrite the down projection, [D, size] and [D]."""
-        self.ffn_out.weight.copy_(weight)
-        self.ffn_out.bias.copy_(bias)
+    before_last: Tensor
+    """Input of the last block."""
+    last: Tensor
+    """Output of the last block."""
+    taps: Mapping[int, Tensor] = field(default_factory=dict)
+    """Outputs of the blocks in `VisionTower.tapped`."""
 
 
 class VisionTower(ABC):
     """A vision encoder from pixels to the language model's visual tokens.
 
     ``blocks`` holds the blocks that the language model's features depend on, in order; a block behind the feature
-    layer is no part of the tower.
+    layer is no part of the tower. Streams are [B, S, D], or packed [P, D] in a family whose images differ in size.
     """
 
-    tokens_per_image: int
-    """Visual tokens without selection, N."""
+    ragged: ClassVar[bool] = False
+    """Whether images differ in their number of visual tokens. Tokens of several images then follow each other."""
+    priors: Sequence[Prior] = ("received",)
+    """Token priors that this tower's attention can give."""
+    position_axes: ClassVar[int] = 1
+    """Rows of `Layout.ids`."""
+    tapped: Sequence[int] = ()
+    """Blocks whose output is part of the features, besides the last one's."""
+    selection_width: int | None = None
+    """Leading channels of `visual_tokens` that selection compares; None for all of them."""
     blocks: Sequence[Block]
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
+    # ── Planning, on the host ──
+
+    @abstractmethod
+    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Raise `InfopruneError` when an input is missing or its shape does not fit this tower."""
+
+    @abstractmethod
+    def layouts(self, inputs: Inputs) -> list[Layout]:
+        """One layout per image: how many visual tokens it has without selection, and where they stand."""
+
+    def plan(self, inputs: Inputs, form: Form) -> dict[str, Tensor]:
+        """Planned tensors for one call; a graph's inputs, in its order."""
+        return {"pixel_values": inputs["pixel_values"]}
+
+    def split(self, inputs: Inputs) -> list[dict[str, Tensor]]:
+        """The inputs of each image alone."""
+        return [{name: value[i : i + 1] for name, value in inputs.items()} for i in range(len(inputs["pixel_values"]))]
+
+    def calls(self, inputs: Inputs, form: Form) -> list[dict[str, Tensor]]:
+        """Planned tensors for as many calls of a graph of this form as the images need."""
+        if self.ragged and not form.several:
+            return [self.plan(one, form) for one in self.split(inputs)]
+        return [self.plan(inputs, form)]
+
+    @abstractmethod
+    def dynamic_shapes(self, form: Form) -> dict[str, dict[int, Any]]:
+        """Which extents of the planned tensors vary, as ``torch.export`` dimensions."""
+
+    @abstractmethod
+    def example_inputs(self, images: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random inputs of the processor's shape and scale, for tracing and parity; sizes differ where they may."""
+
+    @abstractmethod
+    def pictures(self, inputs: Inputs) -> list[tuple[Tensor, int, int]]:
+        """Each image as the tower sees it, normalised [3, H, W], with rows and columns of visual tokens over it."""
+
     # ── Running ──
 
     @abstractmethod
-    def embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Pixels to the first residual stream [B, S, D]. S counts special tokens such as [CLS]."""
+    def embed(self, planned: Planned) -> tuple[Tensor, Context]:
+        """Pixels to the first residual stream, and what the blocks need besides it. S counts special tokens ([CLS])."""
+
+    def run_blocks(self, stream: Tensor, context: Context) -> Activations:
+        """All blocks."""
+        before_last, taps = stream, {}
+        for number, block in enumerate(self.blocks):
+            before_last = stream
+            stream = block.run(stream, context)
+            if number in self.tapped:
+                taps[number] = stream
+        return Activations(before_last, stream, taps)
 
     @abstractmethod
-    def visual_tokens(self, stream: Tensor) -> Tensor:
-        """The stream [B, S, D] without special tokens, [B, N, D]."""
+    def visual_tokens(self, activations: Activations, planned: Planned) -> Tensor:
+        """What selection chooses from, [B, N, E]; B is 1 in a ragged family."""
 
     @abstractmethod
-    def attention_prior(self, stream: Tensor, kind: Prior) -> Tensor:
+    def attention_prior(self, activations: Activations, context: Context, planned: Planned, kind: Prior) -> Tensor:
         """Attention that the last block pays to each visual token, head mean, fp32 [B, N].
 
-        `stream` [B, S, D] is the last block's input. ``cls``: the [CLS] query's row. ``received``: mean over the
-        visual tokens' rows.
+        ``cls``: the [CLS] query's row. ``received``: mean over the visual tokens' rows.
+
+        Raises:
+            InfopruneError: no head is left in the last block, or it attends within windows only.
         """
 
     @abstractmethod
     def project(self, tokens: Tensor) -> Tensor:
-        """Visual tokens [B, T, D] into the language model's embedding space [B, T, D_llm]."""
+        """Visual tokens [B, T, E] into the language model's embedding space [B, T, D_llm]."""
 
-    @abstractmethod
-    def example_inputs(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Random inputs of the processor's shape and scale, for tracing and parity."""
+    def assemble(self, activations: Activations, planned: Planned) -> Tensor:
+        """All visual tokens as the language model takes them without selection, [B, N, D_llm]."""
+        return self.project(self.visual_tokens(activations, planned))
 
-    @abstractmethod
-    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
-        """Raise `InfopruneError` when an input's shape does not fit this tower."""
+    def kept_positions(self, kept: Tensor, planned: Planned) -> Tensor:
+        """Kept indices int64 [B, T] into `visual_tokens` as indices into the image's `Layout.ids`."""
+        return kept
 
-    def run_blocks(self, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """All blocks. Returns the last block's input and output, both [B, S, D]."""
-        before_last = stream
-        for block in self.blocks:
-            before_last = stream
-            stream = block.run(stream)
-        return before_last, stream
+    def features(self, planned: Planned) -> Tensor:
+        """Pixels to all visual tokens in the language model's space, [B, N, D_llm]."""
+        stream, context = self.embed(planned)
+        return self.assemble(self.run_blocks(stream, context), planned)
 
-    def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """All visual tokens in the language model's space, [B, N, D_llm]."""
-        return self.project(self.visual_tokens(self.run_blocks(self.embed(inputs))[1]))
+    def features_of(self, inputs: Inputs) -> Tensor:
+        """`features` of a processor's outputs."""
+        return self.features(self.plan(inputs, Form()))
+
+    def example_planned(self, images: int, generator: torch.Generator, form: Form) -> dict[str, Tensor]:
+        """`plan` of `example_inputs`."""
+        return self.plan(self.example_inputs(images, generator), form)
 
     # ── Structure ──
 
@@ -164,3 +187,15 @@ class VisionTower(ABC):
 
     def ffn_shapes(self) -> list[FfnShape]:
         return [block.ffn_shape for block in self.blocks]
+
+    def require_attention(self) -> Block:
+        """The last block, whose attention the token prior is read from."""
+        if not self.blocks[-1].num_heads:
+            raise InfopruneError("the last block has no attention head left, so it gives no token prior; keep one")
+        return self.blocks[-1]
+
+
+def image_noise(images: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Coarse noise enlarged, [images, 3, height, width]: smooth like a photograph, so that attention is not uniform."""
+    coarse = torch.randn(images, 3, 8, 8, generator=generator)
+    return nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")

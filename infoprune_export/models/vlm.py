@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from infoprune_export.data import testbed
 from infoprune_export.errors import InfopruneError
 from infoprune_export.models import check_family, tower_of
-from infoprune_export.models.tower import VisionTower
+from infoprune_export.models.tower import Layout, VisionTower
 from infoprune_export.recipe import ModelSpec
 
 if TYPE_CHECKING:
@@ -45,22 +45,36 @@ class VLM:
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """What the language model gets to see of a batch of images."""
+    """What the language model gets to see of a batch of images; every list has one entry per image."""
 
-    features: Tensor
-    """[B, T, D_llm]."""
-    positions: Tensor | None = None
-    """Which of its image's `total` tokens each one was, ascending int64 [B, T]; None numbers them 0..T-1.
+    features: Sequence[Tensor]
+    """[T, D_llm] each."""
+    layouts: Sequence[Layout]
+    """Where the T tokens stand. With gaps where tokens were left out, or contiguous as if there had been no others."""
 
-    With positions the language model's position ids keep their gaps: every kept token, and the text behind the image,
-    stays where it would be without selection.
-    """
-    total: int = 0
+    @classmethod
+    def of(
+        cls,
+        features: Sequence[Tensor],
+        layouts: Sequence[Layout],
+        kept: Sequence[Tensor] | None = None,
+        *,
+        contiguous: bool = False,
+    ) -> VisualTokens:
+        """Features with the layouts of all their image's tokens, of which `kept` (ascending int64 [T]) are there."""
+        if kept is not None:
+            places = [
+                Layout(layout.ids[:, k.to(layout.ids.device)], layout.advance)
+                for layout, k in zip(layouts, kept, strict=True)
+            ]
+            if contiguous:
+                places = [Layout(torch.arange(len(k))[None], len(k)) for k in kept]
+            layouts = places
+        return cls(features, layouts)
 
     def rows(self, index: Sequence[int]) -> VisualTokens:
-        """The images of these batch rows, repeated as asked for."""
-        picks = list(index)
-        return VisualTokens(self.features[picks], None if self.positions is None else self.positions[picks], self.total)
+        """These images, repeated as asked for."""
+        return VisualTokens([self.features[i] for i in index], [self.layouts[i] for i in index])
 
 
 # ── Loading ──────────────────────────────────────────────────────────────────
@@ -116,6 +130,8 @@ def load(spec: ModelSpec, device: str | torch.device = "cpu", dtype: torch.dtype
     try:
         config = AutoConfig.from_pretrained(source, **common)
         check_family(config.model_type)
+        if spec.image_packing != "anyres":
+            config.image_packing = spec.image_packing
         processor = AutoProcessor.from_pretrained(source, **common)
         model, info = AutoModelForImageTextToText.from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **common
@@ -145,6 +161,14 @@ def writable_copy(vlm: VLM) -> VLM:
     return VLM(model, vlm.processor, tower_of(model))
 
 
+def cast(vlm: VLM, dtype: torch.dtype) -> VLM:
+    """The VLM in another floating type: itself if it is in that type, else a copy."""
+    if vlm.model.dtype == dtype:
+        return vlm
+    model = copy.deepcopy(vlm.model).to(dtype)
+    return VLM(model, vlm.processor, tower_of(model))
+
+
 # ── Inputs ───────────────────────────────────────────────────────────────────
 
 
@@ -168,8 +192,11 @@ def prompt_ids(vlm: VLM, question: str, visual_tokens: int) -> list[int]:
     return ids
 
 
-def _embed(vlm: VLM, rows: Sequence[Sequence[int]], features: Tensor) -> tuple[Tensor, Tensor]:
-    """Left-padded embeddings [B, L, D] with `features` [B, T, D] at the placeholders, and the mask [B, L]."""
+def _embed(vlm: VLM, rows: Sequence[Sequence[int]], visual: VisualTokens) -> tuple[Tensor, Tensor, Tensor]:
+    """Left-padded embeddings [B, L, D] with the features at the placeholders, mask [B, L], and position ids.
+
+    Position ids are [B, L], or [4, B, L] under M-RoPE: text order, time, row, column.
+    """
     tokenizer = vlm.processor.tokenizer
     length = max(map(len, rows))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -177,20 +204,22 @@ def _embed(vlm: VLM, rows: Sequence[Sequence[int]], features: Tensor) -> tuple[T
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=vlm.device)
     embeds = vlm.model.get_input_embeddings()(ids)
     placeholders = (ids == vlm.model.config.image_token_id) & mask.bool()
-    return embeds.masked_scatter(placeholders[..., None], features.to(embeds)), mask
+    embeds = embeds.masked_scatter(placeholders[..., None], torch.cat(list(visual.features)).to(embeds))
+    return embeds, mask, _position_ids(vlm, rows, visual, mask)
 
 
-def _position_ids(vlm: VLM, rows: Sequence[Sequence[int]], mask: Tensor, visual: VisualTokens) -> Tensor:
-    """Position of every embedding of left-padded `rows`, [B, L]; see `VisualTokens.positions`."""
-    ids = (mask.cumsum(1) - 1).clamp_min(0)
-    if visual.positions is None:
-        return ids
-    kept = visual.positions.shape[1]
-    for i, row in enumerate(rows):
-        first = ids.shape[1] - len(row) + row.index(vlm.model.config.image_token_id)
-        ids[i, first : first + kept] = ids[i, first] + visual.positions[i].to(ids.device)
-        ids[i, first + kept :] += visual.total - kept
-    return ids
+def _position_ids(vlm: VLM, rows: Sequence[Sequence[int]], visual: VisualTokens, mask: Tensor) -> Tensor:
+    text = (mask.cumsum(1) - 1).clamp_min(0)
+    ids = torch.zeros(vlm.tower.position_axes, *mask.shape, dtype=torch.long)
+    for number, (row, layout) in enumerate(zip(rows, visual.layouts, strict=True)):
+        first, kept = row.index(vlm.model.config.image_token_id), layout.ids.shape[1]
+        behind = torch.arange(first + layout.advance, first + layout.advance + len(row) - first - kept)
+        axes = ids.shape[0]
+        ids[:, number, ids.shape[2] - len(row) :] = torch.cat(
+            [torch.arange(first).expand(axes, -1), first + layout.ids.cpu(), behind.expand(axes, -1)], dim=1
+        )
+    ids = ids.to(mask.device)
+    return ids[0] if len(ids) == 1 else torch.cat([text[None], ids])
 
 
 # ── Answers ──────────────────────────────────────────────────────────────────
@@ -199,12 +228,14 @@ def _position_ids(vlm: VLM, rows: Sequence[Sequence[int]], mask: Tensor, visual:
 @torch.inference_mode()
 def answer(vlm: VLM, visual: VisualTokens, questions: Sequence[str], max_new_tokens: int = 8) -> list[str]:
     """Greedy answers to one question per image of `visual`."""
-    rows = [prompt_ids(vlm, question, visual.features.shape[1]) for question in questions]
-    embeds, mask = _embed(vlm, rows, visual.features)
+    rows = [
+        prompt_ids(vlm, question, len(features)) for question, features in zip(questions, visual.features, strict=True)
+    ]
+    embeds, mask, positions = _embed(vlm, rows, visual)
     generated = vlm.model.generate(
         inputs_embeds=embeds,
         attention_mask=mask,
-        position_ids=_position_ids(vlm, rows, mask, visual),
+        position_ids=positions,
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,
@@ -213,21 +244,23 @@ def answer(vlm: VLM, visual: VisualTokens, questions: Sequence[str], max_new_tok
     return [text.strip() for text in texts]
 
 
-def answer_loss(vlm: VLM, features: Tensor, questions: Sequence[str], answers: Sequence[str]) -> Tensor:
-    """Mean next-token cross-entropy of the answers, end of sequence included.
+def answer_loss(vlm: VLM, visual: VisualTokens, questions: Sequence[str], answers: Sequence[str]) -> Tensor:
+    """Mean next-token cross-entropy of the answers, end of sequence included, differentiable in the features.
 
-    One question and answer per row of `features` [B, T, D_llm], in which the loss is differentiable.
+    One question and answer per image of `visual`.
     """
     tokenizer = vlm.processor.tokenizer
     rows, lengths = [], []
-    for question, text in zip(questions, answers, strict=True):
+    for question, text, features in zip(questions, answers, visual.features, strict=True):
         reply = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        rows.append([*prompt_ids(vlm, question, features.shape[1]), *reply])
+        rows.append([*prompt_ids(vlm, question, len(features)), *reply])
         lengths.append(len(reply))
-    embeds, mask = _embed(vlm, rows, features)
+    embeds, mask, positions = _embed(vlm, rows, visual)
     # Rows end together (left padding), so only the tail needs logits.
     tail = max(lengths) + 1
-    logits = vlm.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False, logits_to_keep=tail).logits
+    logits = vlm.model(
+        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=tail
+    ).logits
     labels = torch.full((len(rows), tail - 1), -100, device=vlm.device)
     for i, (row, count) in enumerate(zip(rows, lengths, strict=True)):
         labels[i, -count:] = torch.tensor(row[-count:], device=vlm.device)

@@ -25,6 +25,8 @@ from infoprune_export.errors import InfopruneError
 from infoprune_export.models import tower_of
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from torch import nn
     from transformers import PreTrainedModel, ProcessorMixin
 
@@ -58,19 +60,23 @@ def shape_like(tower: VisionTower, structure: list[dict[str, Any]]) -> None:
     if len(structure) != len(tower.blocks):
         raise InfopruneError(f"config.json records {len(structure)} pruned blocks, the tower has {len(tower.blocks)}")
     for number, (block, record) in enumerate(zip(tower.blocks, structure, strict=True)):
-        heads, ffn = record["num_heads"], record["ffn"]
-        if record["head_dim"] != block.head_dim or not 0 <= heads <= block.num_heads:
-            raise InfopruneError(
-                f"config.json, block {number}: {heads} heads of {record['head_dim']} do not fit the tower"
-            )
+        try:
+            heads, head_dim = record["num_heads"], record["head_dim"]
+            kind, size = record["ffn"]["kind"], record["ffn"]["size"]
+        except (KeyError, TypeError):
+            raise InfopruneError(f"config.json, block {number}: {record} records no structure") from None
+        if head_dim != block.head_dim or heads not in range(block.num_heads + 1):
+            raise InfopruneError(f"config.json, block {number}: {heads} heads of {head_dim} do not fit the tower")
+        width = block.ffn_shape.size
+        # A linear replacement has any rank, but is never there without one.
+        if size not in {"mlp": range(1, width + 1), "linear": range(1, 2**31), "constant": range(1)}.get(kind, ()):
+            raise InfopruneError(f"config.json, block {number}: {kind} FFN of size {size} does not fit the tower")
         if heads < block.num_heads:
             block.keep_heads(range(heads))
-        if ffn["kind"] == "linear":
-            block.make_ffn_linear(ffn["size"])
-        elif not 0 <= ffn["size"] <= block.ffn_shape.size:
-            raise InfopruneError(f"config.json, block {number}: FFN size {ffn['size']} does not fit the tower")
-        elif ffn["size"] < block.ffn_shape.size:
-            block.keep_neurons(range(ffn["size"]))
+        if kind == "linear":
+            block.make_ffn_linear(size)
+        elif size < width:
+            block.keep_neurons(range(size))
 
 
 def save(model: PreTrainedModel, processor: ProcessorMixin, tower: VisionTower, folder: Path) -> None:
@@ -109,21 +115,23 @@ class _PrunedStructure(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         shape_like(tower_of(model), self.quantization_config.blocks)
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        # The loader reports to this method of the instance what it could not find, and otherwise only warns.
-        adjust = model._adjust_missing_and_unexpected_keys
+        # The loader tells these methods of the instance what it could not find, and otherwise only warns: the first
+        # before it initialises what is missing, which fails on a tensor that is empty by right, the second when it
+        # knows which tied weights are there after all.
+        mark, adjust = model.mark_tied_weights_as_initialized, model._adjust_missing_and_unexpected_keys
         self._checked = False
+
+        def mark_and_refuse(loading_info: Any) -> None:
+            mark(loading_info)
+            adjust(loading_info)
+            _refuse(loading_info, tied=model.all_tied_weights_keys)
 
         def adjust_and_refuse(loading_info: Any) -> None:
             adjust(loading_info)
-            for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-                if keys := sorted(map(str, getattr(loading_info, what))):
-                    raise InfopruneError(
-                        f"pruned checkpoint has {what.replace('_keys', '')} tensors: {', '.join(keys[:3])}"
-                        f"{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}; "
-                        "its weights do not belong to its config.json"
-                    )
+            _refuse(loading_info)
             self._checked = True
 
+        model.mark_tied_weights_as_initialized = mark_and_refuse
         model._adjust_missing_and_unexpected_keys = adjust_and_refuse
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
@@ -132,7 +140,7 @@ class _PrunedStructure(HfQuantizer):
                 "this transformers version loads weights by a route on which a missing tensor cannot be noticed; "
                 "install a version the constraints file names"
             )
-        del model._adjust_missing_and_unexpected_keys
+        del model.mark_tied_weights_as_initialized, model._adjust_missing_and_unexpected_keys
         # Some versions do not compare shapes when a quantizer is at work.
         for name, parameter in model.named_parameters():
             if parameter.shape != self._shapes[name]:
@@ -154,6 +162,25 @@ class _PrunedStructure(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _refuse(loading_info: Any, tied: Container[str] = ()) -> None:
+    """Raise if the loader found anything missing, other than `tied` weights, of another shape, or unknown."""
+    missing = sorted(name for name in loading_info.missing_keys if name not in tied)
+    mismatched = [
+        f"{name} is {list(found)} instead of {list(wanted)}"
+        for name, found, wanted in sorted(loading_info.mismatched_keys)
+    ]
+    unexpected = sorted(loading_info.unexpected_keys)
+    for what, found in (("missing", missing), ("mismatched", mismatched), ("unexpected", unexpected)):
+        if found:
+            # Or the loader's own error about shapes, which names no tensor, would take the place of this one.
+            loading_info.mismatched_keys = set()
+            raise InfopruneError(
+                f"pruned checkpoint has {what} tensors: {', '.join(found[:3])}"
+                f"{f' and {len(found) - 3} more' if len(found) > 3 else ''}; "
+                "its weights do not belong to its config.json"
+            )
 
 
 def _forget_quantized(module: nn.Module) -> None:

@@ -36,6 +36,7 @@ def check_everything(run: Run) -> None:
     from infoprune_export.data import dataset
     from infoprune_export.engine import backend_of
     from infoprune_export.models.vlm import check_model
+    from infoprune_export.tokens.encoder import check_selection, form_of
 
     check_model(run.recipe.model)
     dataset.check(run.recipe.data)
@@ -44,6 +45,8 @@ def check_everything(run: Run) -> None:
     if any(run.folder.glob("*/manifest.json")):
         return
     vlm = run.original
+    check_selection(vlm.tower, run.recipe.tokens)
+    form_of(vlm.tower, run.recipe.tokens, run.recipe.export.several)
     if run.recipe.data.images is not None:
         from infoprune_export.models.calibration import inputs_of
 

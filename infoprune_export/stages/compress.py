@@ -191,16 +191,6 @@ def make_accuracy(run: Run, folder: Path) -> None:
 
 def _encoder_of(vlm: VLM, tokens: TokensSpec | None) -> Encode:
     """The VLM's own tower in PyTorch, with or without selection."""
-    from infoprune_export.export.onnx import VisionEncoder
-    from infoprune_export.models.vlm import VisualTokens
-    from infoprune_export.tokens.select import visible
+    from infoprune_export.tokens.encoder import VisionEncoder
 
-    encoder = VisionEncoder(vlm.tower, tokens)
-
-    def encode(inputs: dict[str, Tensor]) -> VisualTokens:
-        outputs = encoder(**inputs)
-        if tokens is None or not isinstance(outputs, tuple):
-            return VisualTokens(outputs)
-        return visible(vlm.tower, tokens, dict(zip(encoder.output_names, outputs, strict=True)))
-
-    return encode
+    return VisionEncoder(vlm.tower, tokens).encode

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from infoprune_export.artifacts import canonical_json
 from infoprune_export.pipeline import Run, execute
 from infoprune_export.recipe import variant_of
 from infoprune_export.stages.common import open_checkpoint, read_json, read_plans
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from infoprune_export.models.tower import Form
+
+GOLDEN = "golden.safetensors"
 
 # ── Export and engine ────────────────────────────────────────────────────────
 
@@ -19,12 +28,37 @@ def make_onnx(run: Run, folder: Path) -> None:
 
     from infoprune_export.export.onnx import export_onnx, golden_io
 
-    compressed, original = open_checkpoint(run), run.original_on_cpu
-    tokens = run.recipe.tokens
-    for name, vlm, selection in (("compressed", compressed, tokens), ("original", original, None)):
+    from infoprune_export.models.vlm import cast
+    from infoprune_export.tokens.encoder import form_of
+
+    tokens, spec = run.recipe.tokens, run.recipe.export
+    original, compressed = run.original_on_cpu, open_checkpoint(run)
+    form = form_of(original.tower, tokens, spec.several)
+    for name, vlm, selection in (("original", original, None), ("compressed", compressed, tokens)):
         (folder / name).mkdir()
-        export_onnx(vlm.tower, selection, folder / name, opset=run.recipe.export.opset)
-    save_file(golden_io(compressed.tower, tokens, batch_size=2, seed=run.recipe.seed), folder / "golden.safetensors")
+        tower = cast(vlm, spec.dtype).tower
+        export_onnx(tower, selection, folder / name, opset=spec.opset, several=form.several)
+    if spec.quantization == "int8":
+        (folder / "compressed").rename(folder / "float")
+        (folder / "compressed").mkdir()
+        from infoprune_export.export.quantize import quantize_int8
+
+        quantize_int8(folder / "float", folder / "compressed", _calibration_feeds(run, form))
+        shutil.rmtree(folder / "float")
+    golden = golden_io(compressed.tower, tokens, images=2, seed=run.recipe.seed, several=form.several)
+    save_file(golden, folder / GOLDEN)
+
+
+def _calibration_feeds(run: Run, form: Form) -> Iterator[dict[str, NDArray[Any]]]:
+    """The calibration images as ONNX inputs, one call after another."""
+    from infoprune_export.models.calibration import inputs_of
+
+    vlm = run.original_on_cpu
+    advance = run.track("INT8 calibration images", len(run.split.calibration))
+    for sample in run.split.calibration:
+        for planned in vlm.tower.calls(inputs_of(vlm, [sample]), form):
+            yield {name: value.numpy() for name, value in planned.items()}
+        advance(1)
 
 
 def make_engine(run: Run, folder: Path) -> None:
@@ -36,7 +70,8 @@ def make_engine(run: Run, folder: Path) -> None:
 
     source = run.folder_of("onnx")
     engine = backend_of(run.target).build(source / "compressed" / MODEL, folder, run.target)
-    engine.run(pixel_values=load_file(source / "golden.safetensors")["pixel_values"])
+    golden = load_file(source / GOLDEN)
+    engine.run(**{name: golden[name].astype(dtype) for name, dtype in engine.input_types().items()})
 
 
 # ── Validation, bench, report ────────────────────────────────────────────────
@@ -87,6 +122,7 @@ def _subject(run: Run) -> Any:
 
 def make_bench(run: Run, folder: Path) -> None:
     """Latency of the original and the compressed encoder; wall-clock figures, different at every measurement."""
+    from infoprune_export.tokens.encoder import form_of
     from infoprune_export.validate.bench import bench_onnx
 
     source = run.folder_of("onnx")
@@ -100,6 +136,7 @@ def make_bench(run: Run, folder: Path) -> None:
         run.recipe.tokens,
         run.target,
         run.recipe.bench,
+        several=form_of(run.original_on_cpu.tower, run.recipe.tokens, run.recipe.export.several).several,
         on_round=lambda _: advance(1),
     )
     (folder / "bench.json").write_text(canonical_json(result), encoding="utf-8")

@@ -15,15 +15,13 @@ fp32 whatever the model's dtype. Decisions the paper leaves open:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from infoprune_export.models.tower import VisionTower
-from infoprune_export.models.vlm import VisualTokens
+from infoprune_export.models.tower import Activations, Context, Planned, VisionTower
 from infoprune_export.recipe import TokensSpec
 
 EPSILON = 1e-5
@@ -145,21 +143,15 @@ def merge_tokens(features: Tensor, kept: Tensor, inertia: float) -> Tensor:
     return merged.to(features.dtype)
 
 
-def visible(tower: VisionTower, spec: TokensSpec, outputs: Mapping[str, Tensor]) -> VisualTokens:
-    """An encoder's named outputs as the language model sees them, with the position ids the recipe asks for."""
-    kept = outputs.get("kept_indices")
-    positions = kept if kept is not None and spec.positions == "original" else None
-    return VisualTokens(outputs["image_features"], positions, tower.tokens_per_image)
-
-
 def select_and_merge(
-    tower: VisionTower, spec: TokensSpec, before_last: Tensor, stream: Tensor
+    tower: VisionTower, spec: TokensSpec, activations: Activations, context: Context, planned: Planned
 ) -> tuple[Tensor, Tensor]:
-    """Stage 1 on a tower's last block: its input and output [B, S, D] to kept tokens [B, T, D] and indices [B, T]."""
-    tokens = tower.visual_tokens(stream)
-    prior = tower.attention_prior(before_last, spec.prior)
+    """Stage 1 on a tower's activations: kept visual tokens [B, T, E] and their indices [B, T]."""
+    tokens = tower.visual_tokens(activations, planned)
+    prior = tower.attention_prior(activations, context, planned, spec.prior)
+    compared = tokens[..., : tower.selection_width]
     kept = token_select(
-        F.normalize(tokens.float(), dim=-1) if spec.normalize else tokens,
+        F.normalize(compared.float(), dim=-1) if spec.normalize else compared,
         prior,
         spec.keep_ratio.numerator,
         spec.keep_ratio.denominator,

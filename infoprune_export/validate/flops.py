@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def count_flops(module: nn.Module, inputs: Mapping[str, Tensor]) -> int:
+def count_flops(module: nn.Module, planned: Mapping[str, Tensor]) -> int:
     """FLOPs (two per multiply-accumulate) of matrix products, convolutions and attention in one forward pass.
 
     Counted by torch's dispatcher on the module as it stands, so a mask saves nothing and a removed head does. Norms,
@@ -18,5 +18,5 @@ def count_flops(module: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """
     # torch has no FLOP formula for the CPU's fused attention and would count nothing; as plain products it counts.
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        module(**inputs)
+        module(planned)
     return int(counter.get_total_flops())

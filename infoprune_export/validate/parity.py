@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from infoprune_export.engine.base import Engine
-from infoprune_export.export.onnx import VisionEncoder
 from infoprune_export.ffn.plan import FfnPlan
 from infoprune_export.heads.plan import HeadPlan
 from infoprune_export.models.tower import VisionTower
-from infoprune_export.recipe import TokensSpec
+from infoprune_export.recipe import Recipe, TokensSpec
 from infoprune_export.rewrite.surgery import ATTENTION_OUT, FFN_IN, FFN_OUT
+from infoprune_export.tokens.encoder import FEATURES, KEPT, VisionEncoder
 from infoprune_export.tokens.reference import replay
 
 
@@ -34,6 +34,7 @@ class Parity:
     cosine: float
     norm_ratio: float
     tolerance: float
+    min_cosine: float = 0.0
     kept_suboptimality: float | None = None
     """Worst step of the kept indices under the replay rule; None without selection."""
     replay_tolerance: float | None = None
@@ -41,7 +42,7 @@ class Parity:
     @property
     def passed(self) -> bool:
         kept = self.kept_suboptimality is None or self.kept_suboptimality <= (self.replay_tolerance or 0)
-        return bool(self.relative_error <= self.tolerance and kept)
+        return bool(self.relative_error <= self.tolerance and self.cosine >= self.min_cosine and kept)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "passed": self.passed}
@@ -115,6 +116,33 @@ def _place(projection: nn.Linear, kept: Tensor, weights: Mapping[str, Tensor], n
 
 # ── PyTorch against an engine ────────────────────────────────────────────────
 
+# Largest error over scale, and smallest cosine, by `ExportSpec.numerics`.
+LIMITS = {"fp32": (1e-4, 0.999999), "fp16": (3e-2, 0.9995), "bf16": (0.2, 0.99), "int8": (0.5, 0.99)}
+
+
+def limits_of(recipe: Recipe) -> tuple[float, float]:
+    """Tolerance and smallest cosine that a recipe's export is held to."""
+    tolerance, cosine = LIMITS[recipe.export.numerics]
+    spec = recipe.validate_
+    return (
+        tolerance if spec.onnx_tolerance is None else spec.onnx_tolerance,
+        cosine if spec.min_cosine is None else spec.min_cosine,
+    )
+
+
+def through(engine: Engine) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    """An engine as `encode` calls it: planned tensors in, named outputs out, in fp32."""
+    types = engine.input_types()
+
+    def run(planned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        arrays = {
+            name: value.cpu().numpy().astype(types.get(name, value.numpy().dtype)) for name, value in planned.items()
+        }
+        outputs = {name: torch.from_numpy(value) for name, value in engine.run(**arrays).items()}
+        return {name: value.float() if value.is_floating_point() else value for name, value in outputs.items()}
+
+    return run
+
 
 def encoder_parity(
     step: str,
@@ -125,33 +153,54 @@ def encoder_parity(
     *,
     case: str,
     tolerance: float,
-    replay_tolerance: float,
+    min_cosine: float,
+    replay_tolerance: float | None,
+    several: bool | None = None,
 ) -> Parity:
-    """Compare an engine with PyTorch on one batch of CPU inputs.
+    """Compare an engine with the tower in PyTorch, fp32, on a processor's outputs, in as many calls as its form needs.
 
-    With selection, kept indices are judged by replay, and features on the images where both kept the same tokens
-    (elsewhere the outputs belong to different tokens). When not one image agrees, features count as unequal.
+    With selection, kept indices are judged by replay (unless `replay_tolerance` is None), and features on the tokens
+    that both kept: elsewhere the outputs belong to different tokens. In fp32 a token counts only on images where both
+    kept exactly the same, because what is merged into it depends on all of them.
     """
-    batch = len(inputs["pixel_values"])
-    labels: dict[str, Any] = {"step": step, "case": case, "tolerance": tolerance}
-    outputs = engine.run(**{name: value.numpy() for name, value in inputs.items()})
-    encoder = VisionEncoder(tower, tokens)
+    encoder, run = VisionEncoder(tower, tokens, several), through(engine)
+    expected, actual, worst = [], [], None
     with torch.inference_mode():
-        expected = encoder(inputs["pixel_values"])
-        if not isinstance(expected, tuple):
-            return compare(expected.numpy(), outputs["image_features"], **labels)
-        features, kept = (value.numpy() for value in expected)
-        before_last, stream = tower.run_blocks(tower.embed(inputs))
-        visible = tower.visual_tokens(stream)
-        prior = tower.attention_prior(before_last, tokens.prior).numpy()
-        candidates = (F.normalize(visible, dim=-1) if tokens.normalize else visible).numpy()
-    theirs = outputs["kept_indices"]
-    worst = max(
-        replay(candidates[i], prior[i], theirs[i], tokens.pool_factor, tokens.temperature, tokens.exponent)
-        for i in range(batch)
-    )
-    same = (theirs == kept).all(1)
-    labels |= {"kept_suboptimality": worst, "replay_tolerance": replay_tolerance}
-    if not same.any():
+        for planned in tower.calls(inputs, encoder.form):
+            ours, theirs = encoder.run(planned), run(planned)
+            if not encoder.form.selecting:
+                expected.append(ours[FEATURES].flatten(0, -2))
+                actual.append(theirs[FEATURES].flatten(0, -2))
+                continue
+            if replay_tolerance is not None:
+                worst = max(worst or 0.0, _suboptimality(tower, tokens, planned, theirs[KEPT]))
+            for image in range(len(ours[KEPT])):
+                mine, other = ours[KEPT][image], theirs[KEPT][image]
+                if replay_tolerance is not None and not torch.equal(mine, other):
+                    continue
+                expected.append(ours[FEATURES][image][torch.isin(mine, other)])
+                actual.append(theirs[FEATURES][image][torch.isin(other, mine)])
+    labels: dict[str, Any] = {"step": step, "case": case, "tolerance": tolerance, "min_cosine": min_cosine}
+    if worst is not None:
+        labels |= {"kept_suboptimality": worst, "replay_tolerance": replay_tolerance}
+    if not sum(map(len, expected)):
         return Parity(relative_error=np.inf, cosine=0.0, norm_ratio=0.0, **labels)
-    return compare(features[same], outputs["image_features"][same], **labels)
+    shapes_agree = all(a.shape == b.shape for a, b in zip(expected, actual, strict=True))
+    candidate = torch.cat(actual).numpy() if shapes_agree else np.full(1, np.nan)
+    return compare(torch.cat(expected).numpy(), candidate, **labels)
+
+
+def _suboptimality(tower: VisionTower, tokens: TokensSpec, planned: Mapping[str, Tensor], kept: Tensor) -> float:
+    """Worst replay over the images of one call; `kept` [B, T] are indices into each image's positions."""
+    stream, context = tower.embed(planned)
+    activations = tower.run_blocks(stream, context)
+    visible = tower.visual_tokens(activations, planned)[..., : tower.selection_width]
+    prior = tower.attention_prior(activations, context, planned, tokens.prior).numpy()
+    candidates = (F.normalize(visible, dim=-1) if tokens.normalize else visible).numpy()
+    # Back from positions to places among the candidates.
+    places = tower.kept_positions(torch.arange(visible.shape[1])[None], planned)[0]
+    chosen = torch.searchsorted(places, kept.contiguous()).numpy()
+    return max(
+        replay(candidates[i], prior[i], chosen[i], tokens.pool_factor, tokens.temperature, tokens.exponent)
+        for i in range(len(chosen))
+    )

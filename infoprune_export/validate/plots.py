@@ -113,16 +113,16 @@ def gate_history(history: Sequence[dict[str, float]]) -> str:
     return _svg(figure)
 
 
-def kept_tokens(pixels: NDArray[np.uint8], kept: Sequence[int], tokens: int) -> str:
-    """An image as the tower sees it, [S, S, 3], with dropped patches dimmed; a PNG data URI."""
-    grid = round(tokens**0.5)
+def kept_tokens(pixels: NDArray[np.uint8], kept: Sequence[int], rows: int, columns: int) -> str:
+    """An image as the tower sees it, [H, W, 3], with dropped tokens of its grid dimmed; a PNG data URI."""
     scale = max(1, 224 // pixels.shape[0])
     image = Image.fromarray(pixels).resize((pixels.shape[1] * scale, pixels.shape[0] * scale), Image.Resampling.NEAREST)
     shade = Image.new("RGBA", image.size, (0, 0, 0, 0))
     draw = ImageDraw.Draw(shade)
-    width, height = image.size[0] / grid, image.size[1] / grid
-    for token in range(tokens):
-        box = (token % grid * width, token // grid * height, (token % grid + 1) * width, (token // grid + 1) * height)
+    width, height = image.size[0] / columns, image.size[1] / rows
+    for token in range(rows * columns):
+        row, column = divmod(token, columns)
+        box = (column * width, row * height, (column + 1) * width, (row + 1) * height)
         if token not in kept:
             draw.rectangle(box, fill=(255, 255, 255, 205))
         else:

@@ -7,48 +7,31 @@ and the real export and engine do the rest.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 
-from infoprune_export.engine.onnxruntime import open_session
+from infoprune_export.engine.onnxruntime import feed_of, open_session
 from infoprune_export.export.onnx import MODEL, export_module, export_onnx
+from infoprune_export.export.quantize import quantize_int8
 from infoprune_export.models import tower_of
-from infoprune_export.models.tower import VisionTower
-from infoprune_export.recipe import Recipe, Target, TokensSpec
+from infoprune_export.models.qwen import QwenTower
+from infoprune_export.models.tower import Form, VisionTower
+from infoprune_export.models.zoo import random_model
+from infoprune_export.recipe import BenchSpec, Recipe, Target, TokensSpec
+from infoprune_export.tokens.encoder import FEATURES, VisionEncoder
 from infoprune_export.tokens.select import keep_count
 from infoprune_export.validate.bench import bench_onnx, time_sessions
+from infoprune_export.validate.flops import count_flops
 from infoprune_export.validate.latency import paired_ratio
+from infoprune_export.validate.parity import compare
 
-
-def clip_large_tower(blocks: int = 24, seed: int = 0) -> VisionTower:
-    """LLaVA-1.5's tower and projector with random weights: 576 tokens, D 1024, 16 heads, features of block 23.
-
-    The projector's output is 1024 wide instead of the language model's 4096, which is no part of the encoder.
-    """
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=blocks,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
-    text = LlamaConfig(
-        vocab_size=32, hidden_size=1024, intermediate_size=64, num_hidden_layers=1, num_attention_heads=8, head_dim=128
-    )
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, vision_feature_layer=-2, vision_feature_select_strategy="default"
-    )
-    torch.manual_seed(seed)
-    return tower_of(LlavaForConditionalGeneration(config).eval().requires_grad_(False))
+_TOWER = "clip-l-336"
 
 
 def prune_evenly(tower: VisionTower, heads_removed: float, ffn_kept: float, round_to: int, seed: int = 0) -> None:
@@ -72,9 +55,9 @@ class _FirstTokens(nn.Module):
         self._tower = tower
         self._keep = keep
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        stream = self._tower.run_blocks(self._tower.embed({"pixel_values": pixel_values}))[1]
-        return self._tower.project(self._tower.visual_tokens(stream)[:, : self._keep])
+    def forward(self, planned: dict[str, Tensor]) -> Tensor:
+        activations = self._tower.run_blocks(*self._tower.embed(planned))
+        return self._tower.project(self._tower.visual_tokens(activations, planned)[:, : self._keep])
 
 
 def bench_real_size(
@@ -87,7 +70,7 @@ def bench_real_size(
     the same work in both and its saving does not hide the cost.
     """
     spec = recipe.bench.model_copy(update={"batch_sizes": (1,)})
-    original = clip_large_tower(blocks)
+    original = tower_of(random_model(_TOWER, blocks))
     tokens = recipe.tokens if recipe.tokens.method != "none" else TokensSpec()
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -96,11 +79,9 @@ def bench_real_size(
             (root / name).mkdir()
             export_onnx(original, selection, root / name, opset=recipe.export.opset)
         (root / "first").mkdir()
-        example = original.example_inputs(2, torch.Generator().manual_seed(0))["pixel_values"]
-        export_module(
-            _FirstTokens(original, keep), example, ["image_features"], root / "first", opset=recipe.export.opset
-        )
-        compressed = clip_large_tower(blocks)
+        first = _FirstTokens(original, keep)
+        export_module(first, original, Form(), [FEATURES], root / "first", opset=recipe.export.opset)
+        compressed = tower_of(random_model(_TOWER, blocks))
         prune_evenly(compressed, recipe.heads.remove, recipe.ffn.keep_macs, recipe.ffn.round_to)
         (root / "compressed").mkdir()
         export_onnx(compressed, tokens, root / "compressed", opset=recipe.export.opset)
@@ -108,8 +89,8 @@ def bench_real_size(
         sessions = {
             name: open_session(root / name / MODEL, target, threads=spec.threads) for name in ("first", "selecting")
         }
-        inputs = original.example_inputs(1, torch.Generator().manual_seed(0))
-        times = time_sessions(sessions, inputs, spec, on_round)
+        calls = original.calls(original.example_inputs(1, torch.Generator().manual_seed(0)), Form())
+        times = time_sessions({name: (session, calls) for name, session in sessions.items()}, spec, on_round)
     added = {name: ratio - 1 for name, ratio in paired_ratio(times["selecting"], times["first"]).items()}
     result["selection"] = {
         "tokens": 576,
@@ -120,3 +101,90 @@ def bench_real_size(
         "high": added["high"],
     }
     return result
+
+
+# ── What pruning buys, tower by tower ────────────────────────────────────────
+
+_HEADS_REMOVED, _NEURONS_KEPT, _ROUND_TO = 0.69, 0.5, 64
+VARIANTS = {
+    "dense": (0.0, 1.0),
+    "heads": (_HEADS_REMOVED, 1.0),
+    "neurons": (0.0, _NEURONS_KEPT),
+    "both": (_HEADS_REMOVED, _NEURONS_KEPT),
+}
+# Tower -> blocks, images of how many patches per side (None: the tower's own size).
+SPEED_TOWERS: dict[str, tuple[int, int | None]] = {"clip-l-336": (24, None), "qwen2-vl-7b": (6, 40)}
+
+
+def speed_table(
+    name: str, target: Target, spec: BenchSpec, *, on_round: Callable[[int], None] = lambda index: None
+) -> list[dict[str, Any]]:
+    """One interleaved run of a random tower: dense, 69% of heads gone, half the neurons, both, both in INT8.
+
+    `efficiency` is the measured speed-up over the FLOP ratio; INT8 has none, because its operations are counted the
+    same. Its ``cosine`` and ``over_pruned`` compare it with ``both`` in fp32.
+    """
+    blocks, side = SPEED_TOWERS[name]
+    form = Form(several=side is None)
+    generator = torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        root, flops = Path(scratch), dict[str, int]()
+        sessions: dict[str, Any] = {}
+        for variant, (heads, neurons) in VARIANTS.items():
+            tower = tower_of(random_model(name, blocks))
+            prune_evenly(tower, heads, neurons, _ROUND_TO)
+            if not sessions:
+                images = _images(tower, side, 5, generator)
+                planned = tower.plan(images[0], form)
+            (root / variant).mkdir()
+            export_onnx(tower, None, root / variant, opset=20, several=form.several)
+            flops[variant] = count_flops(VisionEncoder(tower, None, form.several), planned)
+            sessions[variant] = open_session(root / variant / MODEL, target, threads=spec.threads)
+        (root / "int8").mkdir()
+        feeds = ({k: v.numpy() for k, v in tower.plan(image, form).items()} for image in images[1:])
+        quantize_int8(root / "both", root / "int8", feeds)
+        sessions["int8"] = open_session(root / "int8" / MODEL, target, threads=spec.threads)
+        times = time_sessions({key: (session, [planned]) for key, session in sessions.items()}, spec, on_round)
+        outputs = {key: sessions[key].run([FEATURES], feed_of(sessions[key], planned))[0] for key in ("both", "int8")}
+    rows = []
+    for variant in sessions:
+        speedup = paired_ratio(times["dense"], times[variant])
+        row: dict[str, Any] = {
+            "tower": name,
+            "variant": variant,
+            "milliseconds": float(np.median(times[variant])),
+            "speedup": speedup,
+        }
+        if variant in flops:
+            ratio = flops["dense"] / flops[variant]
+            row |= {"flop_ratio": ratio, "efficiency": speedup["median"] / ratio}
+        else:
+            parity = compare(outputs["both"], outputs["int8"], step="int8", case=name, tolerance=np.inf)
+            row |= {"over_pruned": paired_ratio(times["both"], times["int8"]), "cosine": parity.cosine}
+        rows.append(row)
+    return rows
+
+
+def _images(tower: VisionTower, side: int | None, count: int, generator: torch.Generator) -> list[dict[str, Tensor]]:
+    """Inputs of one image each."""
+    if isinstance(tower, QwenTower) and side is not None:
+        return [tower.grid_inputs([(1, side, side)], generator) for _ in range(count)]
+    return [tower.example_inputs(1, generator) for _ in range(count)]
+
+
+def render(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row per tower and variant of `speed_table`."""
+    table = Table("tower", "variant", "ms", "speed-up (95%)", "FLOPs", "efficiency", "INT8 over pruned", "cosine")
+    for row in rows:
+        speedup = row["speedup"]
+        table.add_row(
+            row["tower"],
+            row["variant"],
+            f"{row['milliseconds']:.0f}",
+            f"{speedup['median']:.2f} ({speedup['low']:.2f}-{speedup['high']:.2f})",
+            f"{row['flop_ratio']:.2f}" if "flop_ratio" in row else "",
+            f"{row['efficiency']:.2f}" if "efficiency" in row else "",
+            f"{row['over_pruned']['median']:.2f}" if "over_pruned" in row else "",
+            f"{row['cosine']:.5f}" if "cosine" in row else "",
+        )
+    return table

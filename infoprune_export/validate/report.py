@@ -87,8 +87,9 @@ def pictures_of(vlm: VLM, samples: Sequence[Sample], validation: dict[str, Any])
     pictures = []
     processor: Any = vlm.processor.image_processor
     for sample, selection in zip(samples, validation["kept_tokens"], strict=False):
-        pixels = preprocess(vlm, [open_image(sample.image)])["pixel_values"][0].float().cpu().numpy()
+        (picture, rows, columns) = vlm.tower.pictures(preprocess(vlm, [open_image(sample.image)]))[0]
+        pixels = picture.float().cpu().numpy()
         mean, std = (np.array(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
         seen = np.clip((pixels * std + mean) * 255, 0, 255).astype(np.uint8).transpose(1, 2, 0)
-        pictures.append(plots.kept_tokens(seen, selection["kept"], validation["size"]["visual_tokens"]["original"]))
+        pictures.append(plots.kept_tokens(seen, selection["kept"], rows, columns))
     return pictures

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,12 @@ from numpy.typing import NDArray
 from infoprune_export.data.dataset import Split
 from infoprune_export.data.vqa import Sample
 from infoprune_export.engine.base import Engine
-from infoprune_export.export.onnx import VisionEncoder
 from infoprune_export.ffn.plan import FfnPlan
 from infoprune_export.heads.plan import HeadPlan
 from infoprune_export.models.calibration import inputs_of
-from infoprune_export.models.vlm import VLM, VisualTokens
+from infoprune_export.models.vlm import VLM
 from infoprune_export.recipe import Recipe
-from infoprune_export.tokens.select import keep_count, visible
+from infoprune_export.tokens.encoder import KEPT, VisionEncoder, encode, form_of
 from infoprune_export.validate.accuracy import (
     agreement_scores,
     by_kind,
@@ -33,7 +33,7 @@ from infoprune_export.validate.accuracy import (
     vqa_scores,
 )
 from infoprune_export.validate.flops import count_flops
-from infoprune_export.validate.parity import Parity, compare, encoder_parity, masked
+from infoprune_export.validate.parity import Parity, compare, encoder_parity, limits_of, masked, through
 
 PICTURES = 6
 Answers = Sequence[Sequence[str]]
@@ -75,13 +75,10 @@ def validate(subject: Subject) -> dict[str, Any]:
     parities = [*_rewrite_parity(subject), *_engine_parity(subject)]
     answers = dict(subject.answers)
     advance = subject.track("engine answers", 2 * len(samples))
+    form = form_of(subject.original.tower, recipe.tokens, recipe.export.several)
     for step, engine in (("onnx", subject.onnx), ("engine", subject.engine)):
-
-        def encode(inputs: dict[str, torch.Tensor], engine: Engine = engine) -> VisualTokens:
-            outputs = engine.run(**{name: value.cpu().numpy() for name, value in inputs.items()})
-            return visible(subject.original.tower, recipe.tokens, {k: torch.from_numpy(v) for k, v in outputs.items()})
-
-        answers[step] = collect_answers(subject.answering, samples, encode, on_batch=advance)
+        see = partial(encode, subject.original.tower, form, recipe.tokens, through(engine))
+        answers[step] = collect_answers(subject.answering, samples, see, on_batch=advance)
     accuracy = accuracy_table(samples, subject.split.labelled, subject.baseline, answers)
     checks = [*_parity_checks(parities, recipe), _accuracy_check(accuracy, recipe, subject.split.labelled)]
     return {
@@ -106,8 +103,8 @@ def _rewrite_parity(subject: Subject) -> list[Parity]:
     parities = []
     with masked(subject.full_copy.tower, subject.heads, subject.ffn, subject.weights), torch.inference_mode():
         for case, inputs in _inputs(subject):
-            expected = subject.full_copy.tower.features(inputs).numpy()
-            actual = subject.pruned.tower.features(inputs).numpy()
+            expected = subject.full_copy.tower.features_of(inputs).numpy()
+            actual = subject.pruned.tower.features_of(inputs).numpy()
             parities.append(
                 compare(expected, actual, step="rewrite", case=case, tolerance=recipe.validate_.rewrite_tolerance)
             )
@@ -115,7 +112,8 @@ def _rewrite_parity(subject: Subject) -> list[Parity]:
 
 
 def _engine_parity(subject: Subject) -> list[Parity]:
-    spec, tokens = subject.recipe.validate_, subject.recipe.tokens
+    spec, tokens, export = subject.recipe.validate_, subject.recipe.tokens, subject.recipe.export
+    tolerance, cosine = limits_of(subject.recipe)
     return [
         encoder_parity(
             step,
@@ -124,8 +122,10 @@ def _engine_parity(subject: Subject) -> list[Parity]:
             engine,
             inputs,
             case=case,
-            tolerance=spec.onnx_tolerance,
-            replay_tolerance=spec.replay_tolerance,
+            tolerance=tolerance,
+            min_cosine=cosine,
+            replay_tolerance=spec.replay_tolerance if export.numerics == "fp32" else None,
+            several=export.several,
         )
         for step, engine in (("onnx", subject.onnx), ("engine", subject.engine))
         for case, inputs in _inputs(subject)
@@ -201,26 +201,23 @@ def summarize_variant(
 
 def _sizes(subject: Subject) -> dict[str, Any]:
     """Counts on the original and the compressed encoder, selection included."""
-    inputs = subject.original.tower.example_inputs(1, torch.Generator().manual_seed(0))
+    inputs = inputs_of(subject.original, subject.split.validation[:1])
     tokens = subject.recipe.tokens
     sides = {
-        "original": (VisionEncoder(subject.original.tower, None), subject.original),
-        "compressed": (VisionEncoder(subject.pruned.tower, tokens), subject.pruned),
+        "original": (VisionEncoder(subject.original.tower, None, several=False), subject.original),
+        "compressed": (VisionEncoder(subject.pruned.tower, tokens, several=False), subject.pruned),
     }
     with torch.inference_mode():
-        visual = subject.original.tower.features(inputs).shape[1]
-    kept = (
-        visual
-        if tokens.method == "none"
-        else keep_count(visual, tokens.keep_ratio.numerator, tokens.keep_ratio.denominator)
-    )
+        seen = {side: encoder.encode(inputs).features[0] for side, (encoder, _) in sides.items()}
     return {
-        "flops_per_image": {side: count_flops(encoder, inputs) for side, (encoder, _) in sides.items()},
+        "flops_per_image": {
+            side: count_flops(encoder, vlm.tower.plan(inputs, encoder.form)) for side, (encoder, vlm) in sides.items()
+        },
         "block_parameters": {
             side: sum(p.numel() for block in vlm.tower.blocks for p in block.module.parameters())
             for side, (_, vlm) in sides.items()
         },
-        "visual_tokens": {"original": visual, "compressed": kept},
+        "visual_tokens": {side: len(features) for side, features in seen.items()},
         "heads_removed": subject.heads.removed_fraction,
         "ffn_macs_kept": subject.ffn.kept_fraction,
     }
@@ -231,12 +228,11 @@ def _sample_selections(subject: Subject) -> list[dict[str, Any]]:
     if subject.recipe.tokens.method == "none":
         return []
     samples = subject.split.validation[:PICTURES]
-    inputs = inputs_of(subject.original, samples)
-    outputs = subject.engine.run(**{name: value.numpy() for name, value in inputs.items()})
-    return [
-        {"image": sample.image.name, "kept": kept.tolist()}
-        for sample, kept in zip(samples, outputs["kept_indices"], strict=True)
-    ]
+    tower, inputs = subject.original.tower, inputs_of(subject.original, samples)
+    form = form_of(tower, subject.recipe.tokens, subject.recipe.export.several)
+    run = through(subject.engine)
+    kept = [row for planned in tower.calls(inputs, form) for row in run(planned)[KEPT]]
+    return [{"image": sample.image.name, "kept": row.tolist()} for sample, row in zip(samples, kept, strict=True)]
 
 
 # ── Checks ───────────────────────────────────────────────────────────────────
@@ -247,15 +243,13 @@ def _parity_checks(parities: Sequence[Parity], recipe: Recipe) -> list[dict[str,
     for step, what in (("rewrite", "masked = rewritten"), ("onnx", "PyTorch = ONNX"), ("engine", "PyTorch = engine")):
         mine = [parity for parity in parities if parity.step == step]
         worst = max(mine, key=lambda parity: parity.relative_error)
-        checks.append(
-            _check(
-                what,
-                all(p.relative_error <= p.tolerance for p in mine),
-                worst.relative_error,
-                worst.tolerance,
-                f"worst: {worst.case}",
-            )
-        )
+        within = all(p.relative_error <= p.tolerance for p in mine)
+        checks.append(_check(what, within, worst.relative_error, worst.tolerance, f"worst: {worst.case}"))
+        if worst.min_cosine:
+            lowest = min(mine, key=lambda parity: parity.cosine)
+            enough = lowest.cosine >= lowest.min_cosine
+            check = _check(f"cosine, {what}", enough, lowest.cosine, lowest.min_cosine, f"worst: {lowest.case}")
+            checks.append({**check, "at_least": True})
         if worst.kept_suboptimality is not None:
             value = max(p.kept_suboptimality or 0.0 for p in mine)
             limit = recipe.validate_.replay_tolerance

@@ -1,5 +1,6 @@
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from infoprune_export.data import dataset
 from infoprune_export.errors import InfopruneError
@@ -34,6 +35,18 @@ def test_the_same_seed_draws_the_same_bytes(tmp_path):
     ]
     assert contents[0] == contents[1]
     assert contents[0] != contents[2]
+
+
+@pytest.mark.parametrize("sizes", ["square", "mixed"])
+def test_scenes_are_of_the_sizes_the_recipe_asks_for(tmp_path, sizes):
+    dataset.draw_scenes(tmp_path, DataSpec(calibration_images=8, validation_questions=1, scene_sizes=sizes), seed=1)
+    drawn = {Image.open(path).size for path in (tmp_path / "images").iterdir()}
+    assert drawn == {(112, 112)} if sizes == "square" else len(drawn) > 2
+
+
+def test_unknown_scene_sizes_are_refused():
+    with pytest.raises(ValidationError, match="scene_sizes"):
+        DataSpec(scene_sizes="large")
 
 
 def test_a_folder_of_photographs_is_split_in_half_when_it_is_small(tmp_path):

@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import itertools
 import re
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from infoprune_export.data import scenes
-from infoprune_export.data.scenes import COLORS, IMAGE_SIZE, QUESTION_KINDS, SHAPES, WORDS, Item, Question, Scene
+from infoprune_export.data.scenes import (
+    COLORS,
+    IMAGE_SIZE,
+    MIXED_SIZES,
+    QUESTION_KINDS,
+    SHAPES,
+    WORDS,
+    Item,
+    Question,
+    Scene,
+)
 from infoprune_export.data.testbed import vocabulary
 
 COUNT = 200
 SEED = 11
 
 
+@pytest.fixture(scope="module", params=["square", "mixed"])
+def sizes(request: pytest.FixtureRequest) -> Literal["square", "mixed"]:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def composed() -> list[Scene]:
+def composed(sizes: Literal["square", "mixed"]) -> list[Scene]:
     """Contents without pictures, which is what takes the time."""
-    return [scenes.compose(np.random.default_rng([SEED, index])) for index in range(COUNT)]
+    every = [(IMAGE_SIZE, IMAGE_SIZE) if sizes == "square" else scenes.mixed_size(SEED, i) for i in range(COUNT)]
+    return [scenes.compose(np.random.default_rng([SEED, i]), *size) for i, size in enumerate(every)]
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +61,50 @@ def test_scene_at_does_not_depend_on_global_random_state():
     np.testing.assert_array_equal(np.asarray(scenes.scene_at(SEED, 7)[1]), first)
 
 
-def test_scene_at_draws_what_compose_composes(composed: list[Scene]):
-    assert [scenes.scene_at(SEED, index)[0] for index in range(3)] == composed[:3]
+def test_scene_at_draws_what_compose_composes(composed: list[Scene], sizes: Literal["square", "mixed"]):
+    assert [scenes.scene_at(SEED, index, sizes)[0] for index in range(3)] == composed[:3]
 
 
-def test_scenes_of_other_seed_or_index_differ(composed: list[Scene]):
+def test_scenes_of_other_seed_or_index_differ(composed: list[Scene], sizes: Literal["square", "mixed"]):
     assert len(set(composed)) == COUNT
-    assert scenes.scene_at(SEED + 1, 0)[0] != composed[0]
+    assert scenes.scene_at(SEED + 1, 0, sizes)[0] != composed[0]
+
+
+def test_square_scenes_are_those_that_trained_the_shipped_checkpoint():
+    """Without a sign, whose size is the font's, a scene is NumPy's doing alone."""
+    scene = scenes.compose(np.random.default_rng([SEED, 2]))
+    assert scene.sign is None
+    found = [(item.color, item.shape) for item in scene.items]
+    assert found == [("blue", "triangle"), ("yellow", "triangle"), ("green", "triangle"), ("green", "star")]
+    first = scene.items[0]
+    assert (first.x, first.y, first.radius, first.angle) == pytest.approx((35.831608, 101.324385, 8.871448, 1.060171))
 
 
 def test_image_is_rgb_of_the_stated_size():
     _, image = scenes.scene_at(SEED, 0)
     assert (image.mode, image.size) == ("RGB", (IMAGE_SIZE, IMAGE_SIZE))
+
+
+def test_mixed_scenes_come_in_every_size():
+    drawn = [scenes.scene_at(SEED, index, "mixed") for index in range(40)]
+    assert all(image.size == (scene.width, scene.height) for scene, image in drawn)
+    assert {image.size for _, image in drawn} == set(MIXED_SIZES)
+    again = scenes.scene_at(SEED, 39, "mixed")
+    assert again[0] == drawn[39][0]
+    np.testing.assert_array_equal(np.asarray(again[1]), np.asarray(drawn[39][1]))
+
+
+def test_most_mixed_sizes_do_not_fit_windows_of_four_cells():
+    cells = [(width // 14, height // 14) for width, height in MIXED_SIZES]
+    assert all(width % 14 == height % 14 == 0 for width, height in MIXED_SIZES)
+    assert [c for c in cells if c[0] % 4 == c[1] % 4 == 0] == [(8, 8)]
+    assert all(60 <= columns * rows <= 66 for columns, rows in cells)
+
+
+def test_mixed_scenes_use_the_whole_image():
+    composed = [scenes.compose(np.random.default_rng(index), 154, 84) for index in range(60)]
+    assert max(item.x for scene in composed for item in scene.items) > 135
+    assert max(item.y for scene in composed for item in scene.items) < 84
 
 
 # ── Content ──────────────────────────────────────────────────────────────────
@@ -71,8 +120,8 @@ def boxes(scene: Scene) -> list[tuple[float, float, float, float]]:
 def test_everything_lies_inside_the_image(composed: list[Scene]):
     for scene in composed:
         for x0, y0, x1, y1 in boxes(scene):
-            assert 0 <= x0 < x1 <= IMAGE_SIZE
-            assert 0 <= y0 < y1 <= IMAGE_SIZE
+            assert 0 <= x0 < x1 <= scene.width
+            assert 0 <= y0 < y1 <= scene.height
 
 
 def test_nothing_overlaps(composed: list[Scene]):
@@ -98,9 +147,9 @@ def test_signs_carry_words_and_two_digit_numbers(composed: list[Scene]):
     assert 0.35 < sum(sign.is_number for sign in signs) / len(signs) < 0.65
 
 
-def test_drawn_colors_are_those_of_the_content():
+def test_drawn_colors_are_those_of_the_content(sizes: Literal["square", "mixed"]):
     for index in range(25):
-        scene, image = scenes.scene_at(SEED, index)
+        scene, image = scenes.scene_at(SEED, index, sizes)
         pixels = np.asarray(image, float)
         for item in scene.items:
             if item.shape == "ring":
@@ -156,7 +205,7 @@ def solve(scene: Scene, kind: str, text: str) -> str:
         return "yes" if fits(scene, re.fullmatch(r"Is there a (.+) in the image\?", text)[1]) else "no"
     if kind == "side":
         item = named(scene, re.fullmatch(r"Which side is the (.+) on\?", text)[1])
-        return "left" if item.x < IMAGE_SIZE / 2 else "right"
+        return "left" if item.x < scene.width / 2 else "right"
     if kind == "text":
         assert scene.sign is not None
         assert re.fullmatch(r"What (number|word) is on the sign\?", text)[1] == (

@@ -27,7 +27,7 @@ def built(tmp_path_factory, request):
     (root / "engine").mkdir()
     export_onnx(tower, TokensSpec(), root / "onnx", opset=20)
     backend_of(CPU).build(root / "onnx" / MODEL, root / "engine", CPU)
-    return root / "engine", golden_io(tower, TokensSpec(), batch_size=2, seed=0)
+    return root / "engine", golden_io(tower, TokensSpec(), images=2, seed=0)
 
 
 def test_engine_gives_the_golden_outputs(built):

@@ -15,7 +15,7 @@ def test_moments_equal_direct_ones(trained_vlm, scene_split):
     covariances, metrics = collect_moments(changed, samples, loss, seed=0, batch_size=2)
     block = changed.tower.blocks[2]
     with torch.no_grad(), captured_input(block.ffn_out) as last:
-        changed.tower.features(inputs_of(changed, samples))
+        changed.tower.features_of(inputs_of(changed, samples))
         hidden = last().flatten(0, -2).double()
     torch.testing.assert_close(covariances[2], torch.cov(hidden.T, correction=0), rtol=1e-4, atol=1e-7)
     assert metrics[2].shape == (128, 128)
@@ -42,12 +42,12 @@ def test_compress_obs_respects_the_budget_and_beats_plain_slicing(trained_vlm, s
     assert none == {}
     inputs = inputs_of(trained_vlm, scene_split.validation)
     with torch.no_grad():
-        target = trained_vlm.tower.features(inputs)
-        errors = [float((vlm.tower.features(inputs) - target).square().mean()) for vlm in (refitted, plain)]
+        target = trained_vlm.tower.features_of(inputs)
+        errors = [float((vlm.tower.features_of(inputs) - target).square().mean()) for vlm in (refitted, plain)]
         assert errors[0] < 0.7 * errors[1]
         again = writable_copy(trained_vlm)
         apply_ffn(again.tower, plan, weights)
-        assert torch.equal(again.tower.features(inputs), refitted.tower.features(inputs))
+        assert torch.equal(again.tower.features_of(inputs), refitted.tower.features_of(inputs))
 
 
 def test_compress_obs_without_budget_keeps_everything(trained_vlm, scene_split):

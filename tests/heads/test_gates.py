@@ -18,14 +18,14 @@ def test_gates_of_one_change_nothing_and_zero_gates_remove_heads(random_vlm, pix
     ones = [torch.ones(4) for _ in tower.blocks]
     closed = [torch.tensor([1.0, 0.0, 1.0, 1.0]), *ones[1:]]
     with torch.no_grad():
-        plain = tower.features(pixels)
+        plain = tower.features_of(pixels)
         with gated(tower, ones):
-            assert torch.equal(tower.features(pixels), plain)
+            assert torch.equal(tower.features_of(pixels), plain)
         with gated(tower, closed):
-            masked = tower.features(pixels)
-        assert torch.equal(tower.features(pixels), plain), "the hooks must be gone"
+            masked = tower.features_of(pixels)
+        assert torch.equal(tower.features_of(pixels), plain), "the hooks must be gone"
         tower.blocks[0].keep_heads([0, 2, 3])
-        removed = tower.features(pixels)
+        removed = tower.features_of(pixels)
     assert not torch.equal(masked, plain)
     torch.testing.assert_close(masked, removed, rtol=0, atol=1e-6)
 
@@ -44,7 +44,7 @@ def test_head_grams_equal_the_direct_product_over_uneven_batches(random_vlm, sce
     grams = head_grams(random_vlm, samples, batch_size=3)
     block = random_vlm.tower.blocks[3]
     with torch.no_grad(), captured_input(block.attention_out) as last:
-        random_vlm.tower.features(inputs_of(random_vlm, samples))
+        random_vlm.tower.features_of(inputs_of(random_vlm, samples))
         z = last().flatten(0, -2).double()
     torch.testing.assert_close(grams[3], z.T @ z / len(z), rtol=1e-5, atol=1e-9)
 
@@ -101,7 +101,7 @@ def test_pruned_tower_is_refused(random_vlm, scene_split, tmp_path):
 def distance(a, b, vlm, samples):
     inputs = inputs_of(vlm, samples)
     with torch.no_grad():
-        return float((a.tower.features(inputs) - b.tower.features(inputs)).square().mean())
+        return float((a.tower.features_of(inputs) - b.tower.features_of(inputs)).square().mean())
 
 
 def test_refit_brings_features_closer_to_the_original_on_fresh_images(trained_vlm, scene_split):

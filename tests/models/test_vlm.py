@@ -3,12 +3,15 @@ import shutil
 
 import pytest
 import torch
+from families import FAMILIES, build
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from infoprune_export.data import testbed
 from infoprune_export.errors import InfopruneError
+from infoprune_export.models import tower_of
 from infoprune_export.models.vlm import (
+    VLM,
     VisualTokens,
     answer,
     answer_loss,
@@ -17,6 +20,7 @@ from infoprune_export.models.vlm import (
     preprocess,
     prompt_ids,
     resolve,
+    writable_copy,
 )
 from infoprune_export.recipe import ModelSpec
 
@@ -127,6 +131,12 @@ def test_prompt_equals_the_processors_own(trained_vlm):
     assert prompt_ids(trained_vlm, "What word is on the sign?", 64) == expected
 
 
+def visible(vlm, inputs):
+    """All visual tokens of a batch of square images."""
+    with torch.inference_mode():
+        return VisualTokens.of(list(vlm.tower.features_of(inputs)), vlm.tower.layouts(inputs))
+
+
 def test_answers_equal_generate_on_pixels(trained_vlm, scene_split):
     """The cut between tower and language model changes nothing."""
     from infoprune_export.models.calibration import inputs_of
@@ -136,68 +146,54 @@ def test_answers_equal_generate_on_pixels(trained_vlm, scene_split):
     for row, sample in enumerate(samples):
         question = sample.questions[0].text
         ids = torch.tensor([prompt_ids(trained_vlm, question, 64)])
+        one = {"pixel_values": inputs["pixel_values"][row : row + 1]}
         with torch.inference_mode():
-            whole = trained_vlm.model.generate(
-                input_ids=ids, pixel_values=inputs["pixel_values"][row : row + 1], do_sample=False, max_new_tokens=8
-            )
+            whole = trained_vlm.model.generate(input_ids=ids, **one, do_sample=False, max_new_tokens=8)
         expected = trained_vlm.processor.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True).strip()
-        with torch.inference_mode():
-            features = trained_vlm.tower.features({"pixel_values": inputs["pixel_values"][row : row + 1]})
-        assert answer(trained_vlm, VisualTokens(features), [question]) == [expected]
+        assert answer(trained_vlm, visible(trained_vlm, one), [question]) == [expected]
 
 
 def test_batched_answers_equal_single_ones(trained_vlm, scene_split):
     from infoprune_export.models.calibration import inputs_of
 
     sample = scene_split.validation[0]
-    with torch.inference_mode():
-        features = trained_vlm.tower.features(inputs_of(trained_vlm, [sample]))
     questions = [q.text for q in sample.questions]
-    visual = VisualTokens(features)
+    visual = visible(trained_vlm, inputs_of(trained_vlm, [sample]))
     together = answer(trained_vlm, visual.rows([0] * len(questions)), questions)
     assert together == [answer(trained_vlm, visual, [question])[0] for question in questions]
 
 
 def test_keeping_every_token_at_its_position_changes_nothing(trained_vlm, pixels):
-    with torch.inference_mode():
-        features = trained_vlm.tower.features(pixels)
-    positions = torch.arange(64).expand(3, 64)
+    visual = visible(trained_vlm, pixels)
+    kept = VisualTokens.of(visual.features, visual.layouts, [torch.arange(64)] * 3)
     questions = ["How many objects are there?", "Is there a ring in the image?", "What word is on the sign?"]
-    assert answer(trained_vlm, VisualTokens(features, positions, 64), questions) == answer(
-        trained_vlm, VisualTokens(features), questions
-    )
-
-
-def test_kept_positions_reach_the_language_model(trained_vlm):
-    from infoprune_export.models.vlm import _position_ids
-
-    rows = [[2, 4, 4, 5, 6], [4, 4, 9]]
-    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
-    visual = VisualTokens(torch.zeros(2, 2, 8), torch.tensor([[3, 7], [0, 9]]), total=10)
-    ids = _position_ids(trained_vlm, rows, mask, visual)
-    assert ids[0].tolist() == [0, 1 + 3, 1 + 7, 11, 12]
-    assert ids[1, 2:].tolist() == [0, 9, 10]
+    assert answer(trained_vlm, kept, questions) == answer(trained_vlm, visual, questions)
 
 
 def test_answer_loss_is_lower_for_the_models_own_answer(trained_vlm, pixels):
-    with torch.inference_mode():
-        features = trained_vlm.tower.features(pixels)[:1]
+    visual = visible(trained_vlm, pixels).rows([0])
     question = "What color is the circle?"
-    own = answer(trained_vlm, VisualTokens(features), [question])[0]
+    own = answer(trained_vlm, visual, [question])[0]
     other = next(word for word in ("zoo", "stop") if word != own)
-    assert answer_loss(trained_vlm, features, [question], [own]) < answer_loss(
-        trained_vlm, features, [question], [other]
-    )
+    assert answer_loss(trained_vlm, visual, [question], [own]) < answer_loss(trained_vlm, visual, [question], [other])
 
 
 def test_answer_loss_does_not_depend_on_padding(trained_vlm, pixels):
+    visual = visible(trained_vlm, pixels).rows([0, 1])
+    questions, answers = ["Is there a ring?", "What color is the circle on the sign?"], ["yes", "42"]
     with torch.inference_mode():
-        features = trained_vlm.tower.features(pixels)[:2]
-        questions, answers = ["Is there a ring?", "What color is the circle on the sign?"], ["yes", "42"]
-        both = answer_loss(trained_vlm, features, questions, answers)
-        single = [answer_loss(trained_vlm, features[i : i + 1], [questions[i]], [answers[i]]) for i in range(2)]
+        both = answer_loss(trained_vlm, visual, questions, answers)
+        single = [answer_loss(trained_vlm, visual.rows([i]), [questions[i]], [answers[i]]) for i in range(2)]
     # 2 and 3 target tokens, end of sequence included
     torch.testing.assert_close(both, (2 * single[0] + 3 * single[1]) / 5, rtol=1e-4, atol=1e-5)
+
+
+def test_answer_loss_is_differentiable_in_the_features(trained_vlm, pixels):
+    visual = visible(trained_vlm, pixels).rows([0])
+    features = visual.features[0].clone().requires_grad_()
+    loss = answer_loss(trained_vlm, VisualTokens(features[None], visual.layouts), ["Is there a ring?"], ["yes"])
+    loss.backward()
+    assert features.grad.abs().amax(1).min() > 0
 
 
 def test_preprocess_refuses_an_image_that_comes_out_in_the_wrong_size(checkpoint):
@@ -207,3 +203,26 @@ def test_preprocess_refuses_an_image_that_comes_out_in_the_wrong_size(checkpoint
     vlm = load(spec(checkpoint))
     with pytest.raises(InfopruneError, match=r"\[1, 3, 40, 60\]"):
         preprocess(vlm, [Image.new("RGB", (60, 40))])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_writable_copy_leaves_the_original_as_it_is(name):
+    vlm = VLM(model := build(name), None, tower_of(model))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    copy = writable_copy(vlm)
+    copy.tower.blocks[0].keep_heads([])
+    copy.tower.blocks[1].keep_neurons([0])
+    copy.tower.blocks[-1].set_ffn_out(torch.zeros_like(copy.tower.blocks[-1].ffn_out.weight), torch.ones(64))
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    inside = {id(p) for block in vlm.tower.blocks for p in block.module.parameters()}
+    own = {id(p) for p in model.parameters()} - inside
+    assert own == own & {id(p) for p in copy.model.parameters()}  # everything else is shared
+
+
+def test_images_of_several_sizes_are_preprocessed_as_one_batch():
+    model = testbed.build_qwen_model()
+    vlm = VLM(model, testbed.build_qwen_processor(), tower_of(model))
+    inputs = preprocess(vlm, [Image.new("RGB", size) for size in ((112, 112), (84, 140))])
+    assert inputs["image_grid_thw"].tolist() == [[1, 16, 16], [1, 20, 12]]
+    assert [layout.ids.shape[1] for layout in vlm.tower.layouts(inputs)] == [64, 60]

@@ -1,7 +1,7 @@
 import torch
 
-from infoprune_export.export.onnx import VisionEncoder
 from infoprune_export.recipe import TokensSpec
+from infoprune_export.tokens.encoder import VisionEncoder
 from infoprune_export.validate.flops import count_flops
 
 

@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from infoprune_export.engine.base import Engine
-from infoprune_export.export.onnx import VisionEncoder
-from infoprune_export.recipe import TokensSpec
-from infoprune_export.validate.parity import encoder_parity
+from infoprune_export.models import tower_of
+from infoprune_export.models.zoo import random_model
+from infoprune_export.recipe import TokensSpec, load_recipe
+from infoprune_export.tokens.encoder import VisionEncoder
+from infoprune_export.validate import parity
+from infoprune_export.validate.parity import encoder_parity, limits_of
 
 SPEC = TokensSpec(keep_ratio="1/4")
 
@@ -21,17 +24,22 @@ class TowerEngine(Engine):
 
     def run(self, **inputs):
         with torch.inference_mode():
-            outputs = self._encoder(torch.from_numpy(inputs["pixel_values"]))
-        named = dict(zip(self._encoder.output_names, outputs, strict=True))
-        return self._fault({name: value.numpy().copy() for name, value in named.items()})
+            outputs = self._encoder.run({name: torch.from_numpy(value) for name, value in inputs.items()})
+        return self._fault({name: value.numpy().copy() for name, value in outputs.items()})
+
+    def input_types(self):
+        return {"pixel_values": np.dtype(np.float32)}
 
     def describe(self):
         return {}
 
 
-def check(vlm, pixels, fault):
-    engine = TowerEngine(vlm.tower, SPEC, fault)
-    return encoder_parity("engine", vlm.tower, SPEC, engine, pixels, case="", tolerance=1e-4, replay_tolerance=1e-2)
+LIMITS = {"case": "", "tolerance": 1e-4, "min_cosine": 0.999999}
+
+
+def check(tower, inputs, fault, spec=SPEC, replay_tolerance=1e-2):
+    engine = TowerEngine(tower, spec, fault)
+    return encoder_parity("engine", tower, spec, engine, inputs, **LIMITS, replay_tolerance=replay_tolerance)
 
 
 def changed(name, change):
@@ -43,7 +51,7 @@ def changed(name, change):
 
 
 def test_an_equal_engine_passes(random_vlm, pixels):
-    result = check(random_vlm, pixels, lambda outputs: outputs)
+    result = check(random_vlm.tower, pixels, lambda outputs: outputs)
     assert result.passed
     assert result.relative_error < 1e-6
     assert result.kept_suboptimality == 0
@@ -62,7 +70,7 @@ def test_an_equal_engine_passes(random_vlm, pixels):
     ids=["scaled", "reordered", "one token lost", "nan", "first tokens", "one token repeated"],
 )
 def test_planted_faults_fail(random_vlm, pixels, fault):
-    assert not check(random_vlm, pixels, fault).passed
+    assert not check(random_vlm.tower, pixels, fault).passed
 
 
 def test_a_near_tie_is_not_a_failure(random_vlm, pixels):
@@ -70,16 +78,73 @@ def test_a_near_tie_is_not_a_failure(random_vlm, pixels):
     spec = SPEC.model_copy(update={"normalize": False, "merge": False, "pool_factor": 4.0})
     tower = random_vlm.tower
     with torch.no_grad():
-        _, kept = VisionEncoder(tower, spec)(pixels["pixel_values"])
+        _, kept = VisionEncoder(tower, spec)(pixels)
     other = sorted({*kept[0].tolist()[1:], next(i for i in range(64) if i not in kept[0].tolist())})
 
     def swap(outputs):
         outputs["kept_indices"][0] = other
         return outputs
 
-    result = encoder_parity(
-        "engine", tower, spec, TowerEngine(tower, spec, swap), pixels, case="", tolerance=1e-4, replay_tolerance=1.0
-    )
+    result = check(tower, pixels, swap, spec, replay_tolerance=1.0)
     assert result.relative_error < 1e-6
     assert result.kept_suboptimality > 0
     assert result.passed
+
+
+# ── Images of any size ───────────────────────────────────────────────────────
+
+RAGGED = ["llava-next", "qwen2-vl", "qwen2.5-vl", "qwen3-vl"]
+PLAIN = SPEC.model_copy(update={"method": "none"})
+
+
+def small_tower(name):
+    tower = tower_of(random_model(name))
+    return tower, tower.example_inputs(3, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("spec", [SPEC, PLAIN], ids=["selecting", "all tokens"])
+@pytest.mark.parametrize("name", RAGGED)
+def test_an_equal_engine_passes_on_images_of_different_sizes(name, spec):
+    tower, inputs = small_tower(name)
+    result = check(tower, inputs, lambda outputs: outputs, spec)
+    assert result.passed, result
+    assert result.kept_suboptimality == (0 if spec is SPEC else None)
+
+
+@pytest.mark.parametrize("spec", [SPEC, PLAIN], ids=["selecting", "all tokens"])
+@pytest.mark.parametrize("name", RAGGED)
+def test_swapped_tokens_fail_on_images_of_different_sizes(name, spec):
+    tower, inputs = small_tower(name)
+
+    def swap(outputs):
+        outputs["image_features"][:, [0, 1]] = outputs["image_features"][:, [1, 0]]
+        return outputs
+
+    assert not check(tower, inputs, swap, spec).passed
+
+
+def test_in_lower_precision_tokens_that_both_kept_are_compared():
+    """Without a replay tolerance another choice is no failure by itself; wrong features of a common token are."""
+    tower, inputs = small_tower("qwen2.5-vl")
+    spec = SPEC.model_copy(update={"merge": False})
+
+    def other_choice(outputs):
+        kept = outputs["kept_indices"][0]
+        free = next(i for i in range(kept[-1]) if i not in kept)
+        swapped = int(np.searchsorted(kept, free))  # the next larger one goes, so they stay ascending
+        kept[swapped] = free
+        outputs["image_features"][0, swapped] = 7.0
+        return outputs
+
+    def wrong_features(outputs):
+        return {**outputs, "image_features": outputs["image_features"] * 1.01}
+
+    assert check(tower, inputs, other_choice, spec, replay_tolerance=None).passed
+    assert not check(tower, inputs, wrong_features, spec, replay_tolerance=None).passed
+
+
+def test_limits_follow_the_precision_unless_the_recipe_names_them():
+    recipe = load_recipe("quickstart")
+    assert limits_of(recipe) == parity.LIMITS["fp32"]
+    int8 = load_recipe("quickstart", ["export.quantization=int8", "validate.min_cosine=0.5"])
+    assert limits_of(int8) == (parity.LIMITS["int8"][0], 0.5)

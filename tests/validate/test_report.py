@@ -102,7 +102,7 @@ def page_inputs():
             }
         },
         "history": [{"task": 0.3, "sparsity": 30.0, "erank": -0.1, "distance": 0.05, "mean_gate": 0.9}] * 2,
-        "pictures": [plots.kept_tokens(np.zeros((112, 112, 3), np.uint8), [0, 5, 63], 64)],
+        "pictures": [plots.kept_tokens(np.zeros((112, 112, 3), np.uint8), [0, 5, 63], 8, 8)],
     }
 
 
@@ -153,7 +153,7 @@ def test_kept_tokens_dims_exactly_the_dropped_patches():
 
     from PIL import Image
 
-    uri = plots.kept_tokens(np.zeros((112, 112, 3), np.uint8), [0, 9], 64)
+    uri = plots.kept_tokens(np.zeros((112, 112, 3), np.uint8), [0, 9], 8, 8)
     image = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
     centres = image[14::28, 14::28].mean(-1).ravel()
     assert [i for i in range(64) if centres[i] < 100] == [0, 9]

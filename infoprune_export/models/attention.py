@@ -1,0 +1,98 @@
+"""Attention as every family's block computes it here: dense over a batch, or within segments of a packed sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A padded gather (see `packing`) with the mask that makes it exact."""
+
+    index: Tensor
+    """int64 [S, L]; padding points at some patch, whose part the mask takes away."""
+    inverse: Tensor
+    """int64 [P], into the flattened S x L places."""
+    mask: Tensor
+    """Added to scores, [S, 1, 1, L]: zero at patches, the dtype's lowest number at padding."""
+
+    @classmethod
+    def of(cls, index: Tensor, inverse: Tensor, dtype: torch.dtype) -> Segments:
+        """Planned ``index`` (P where there is no patch) and ``inverse``, made ready once for all blocks."""
+        patches = inverse.shape[0]
+        # Not -inf: a fused kernel may subtract the row maximum before it is known to be finite.
+        lowest = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=index.device)
+        missing = (index == patches)[:, None, None, :]
+        mask = torch.where(missing, lowest, torch.zeros((), dtype=dtype, device=index.device))
+        return cls(index.clamp_max(patches - 1), inverse, mask)
+
+    def to(self, device: torch.device | str) -> Segments:
+        return Segments(self.index.to(device), self.inverse.to(device), self.mask.to(device))
+
+
+@dataclass(frozen=True)
+class Context:
+    """What blocks need to know of a batch besides its residual stream.
+
+    A family without rotary embedding leaves `cosine` and `sine` out. Segments are left out where one dense attention
+    is meant: over each row of a batch, or over the one image of a packed sequence.
+    """
+
+    cosine: Tensor | None = None
+    """[P, 1, 1, head_dim], fp32."""
+    sine: Tensor | None = None
+    """The same shape; see `rotary`."""
+    frames: Segments | None = None
+    windows: Segments | None = None
+
+    def segments(self, windowed: bool) -> Segments | None:
+        """What a block's attention is confined to."""
+        return self.windows if windowed else self.frames
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Rotary position embedding of queries and keys [P, ..., H, head_dim], computed in fp32."""
+        if self.cosine is None or self.sine is None:
+            return x
+        half = x.shape[-1] // 2
+        wide = x.float()
+        swapped = torch.cat((wide[..., half:], wide[..., :half]), dim=-1)
+        return (wide * self.cosine + swapped * self.sine).to(x.dtype)
+
+    def to(self, device: torch.device | str) -> Context:
+        """The same on another device."""
+        moved = {name: None if value is None else value.to(device) for name, value in vars(self).items()}
+        return Context(**moved)
+
+
+def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of axial rotary embedding, fp32 [P, 1, 1, head_dim], from row and column int64 [P, 2].
+
+    A quarter of the channels turns with the row, a quarter with the column, and the second half repeats the first. The
+    sine of the first half is negated here, once, instead of the channels it multiplies, in every block.
+    """
+    half = head_dim // 2
+    exponents = torch.arange(0, half, 2, dtype=torch.float32, device=positions.device) / half
+    angles = (positions[..., None].float() * (1.0 / theta**exponents)).flatten(1)[:, None, None]
+    cosine, sine = angles.cos(), angles.sin()
+    return torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Dense softmax attention of a batch, [B, S, H, head_dim] -> [B, S, H * head_dim]."""
+    out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return out.transpose(1, 2).flatten(2)
+
+
+def attend_packed(fused: Tensor, segments: Segments | None) -> Tensor:
+    """Attention over one packed sequence, or within segments of it: [P, 3, H, head_dim] -> [P, H * head_dim]."""
+    if segments is None:
+        gathered = fused.permute(1, 2, 0, 3)[:, None]
+        out = F.scaled_dot_product_attention(gathered[0], gathered[1], gathered[2])
+        return out[0].transpose(0, 1).flatten(1)
+    gathered = fused[segments.index].permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(gathered[0], gathered[1], gathered[2], attn_mask=segments.mask)
+    return out.transpose(1, 2).flatten(2).flatten(0, 1)[segments.inverse]

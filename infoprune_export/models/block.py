@@ -1,0 +1,184 @@
+"""One transformer block of any family: where its weights are is a table, what is done to them is written once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from infoprune_export.models.attention import Context, attend, attend_packed
+from infoprune_export.models.modules import ConstantAttention, ConstantFfn, LinearFfn, select
+
+
+@dataclass(frozen=True)
+class FfnShape:
+    """What a block's feed-forward network is made of.
+
+    ``mlp``: down(act(up(x))), or down(act(gate(x)) * up(x)), of `size` neurons. ``linear``: down(up(x)), rank `size`.
+    ``constant``: the down projection's bias, `size` 0.
+    """
+
+    kind: Literal["mlp", "linear", "constant"]
+    size: int
+
+
+@dataclass(frozen=True)
+class BlockNames:
+    """Attribute names in a family's block.
+
+    `qkv` is one fused projection [3 H head_dim, D] or three. `ffn_in` is one projection, or gate and up; all of them
+    have one row per neuron.
+    """
+
+    attention: str
+    qkv: tuple[str, ...]
+    out: str
+    ffn: str
+    ffn_in: tuple[str, ...]
+    ffn_out: str
+    attention_norm: str
+    ffn_norm: str
+    returns_weights: bool = False
+    """Whether the family's block takes (output, weights) from its attention."""
+
+
+class Block:
+    """Attention, then feed-forward network, each behind a norm and added to the residual stream."""
+
+    def __init__(self, module: nn.Module, names: BlockNames, head_dim: int, *, windowed: bool = False) -> None:
+        self.module: Any = module
+        self.head_dim = head_dim
+        self.windowed = windowed
+        self._names = names
+
+    # ── Running ──
+
+    def run(self, stream: Tensor, context: Context) -> Tensor:
+        """The residual stream behind this block; [B, S, D], or packed [P, D] with segments in `context`."""
+        if self.num_heads:
+            stream = stream + self.attention_out(self._attended(self.normalised(stream), context))
+        else:
+            # A product over no channels is its bias; not every runtime knows that.
+            stream = stream + self.attention_out.bias
+        return stream + getattr(self.module, self._names.ffn)(self.ffn_norm(stream))
+
+    def _attended(self, hidden: Tensor, context: Context) -> Tensor:
+        if len(self._names.qkv) == 1:
+            return attend_packed(self._fused(hidden, context), context.segments(self.windowed))
+        return attend(*self.query_key_value(hidden, context))
+
+    def _fused(self, hidden: Tensor, context: Context) -> Tensor:
+        """Queries, keys and values [P, 3, H, head_dim], the first two rotated together."""
+        attention = getattr(self.module, self._names.attention)
+        fused = getattr(attention, self._names.qkv[0])(hidden).unflatten(-1, (3, self.num_heads, self.head_dim))
+        return torch.cat((context.rotate(fused[:, :2]), fused[:, 2:]), dim=1)
+
+    def query_key_value(self, hidden: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [..., H, head_dim] of normalised `hidden` [..., D], rotated as `context` asks."""
+        if len(self._names.qkv) == 1:
+            query, key, value = self._fused(hidden, context).unbind(1)
+            return query, key, value
+        attention = getattr(self.module, self._names.attention)
+        query, key, value = (
+            getattr(attention, name)(hidden).unflatten(-1, (self.num_heads, self.head_dim)) for name in self._names.qkv
+        )
+        return query, key, value
+
+    def normalised(self, stream: Tensor) -> Tensor:
+        """What attention sees of the stream."""
+        return getattr(self.module, self._names.attention_norm)(stream)
+
+    # ── Structure ──
+
+    @property
+    def num_heads(self) -> int:
+        return int(getattr(self.module, self._names.attention).num_heads)
+
+    @property
+    def ffn_shape(self) -> FfnShape:
+        ffn = getattr(self.module, self._names.ffn)
+        if isinstance(ffn, ConstantFfn):
+            return FfnShape("constant", 0)
+        return FfnShape("linear" if isinstance(ffn, LinearFfn) else "mlp", self.ffn_out.in_features)
+
+    @property
+    def attention_out(self) -> nn.Linear:
+        """Output projection, weight [D, num_heads * head_dim]."""
+        return getattr(getattr(self.module, self._names.attention), self._names.out)
+
+    @property
+    def ffn_in(self) -> nn.Linear:
+        """First projection of the FFN, weight [size, D]; the ungated one of a gated FFN."""
+        return getattr(getattr(self.module, self._names.ffn), self._names.ffn_in[-1])
+
+    @property
+    def ffn_out(self) -> nn.Linear:
+        """Down projection, weight [D, size]."""
+        return getattr(getattr(self.module, self._names.ffn), self._names.ffn_out)
+
+    @property
+    def ffn_norm(self) -> nn.Module:
+        """Normalisation before the FFN; its input is the residual stream between attention and FFN."""
+        return getattr(self.module, self._names.ffn_norm)
+
+    # ── Surgery, in place ──
+
+    def keep_heads(self, heads: Sequence[int]) -> None:
+        """Remove all other heads: rows and biases of q, k and v, columns of the output projection.
+
+        `head_dim`, the softmax scale and the output projection's bias stay. Without any head the attention is that
+        bias (spec C).
+        """
+        names = self._names
+        attention = getattr(self.module, names.attention)
+        if not heads:
+            constant = ConstantAttention(names.out, self.attention_out.bias, returns_weights=names.returns_weights)
+            setattr(self.module, names.attention, constant)
+            return
+        channels = [head * self.head_dim + channel for head in heads for channel in range(self.head_dim)]
+        parts = 3 // len(names.qkv)
+        width = self.num_heads * self.head_dim
+        rows = [part * width + channel for part in range(parts) for channel in channels]
+        for name in names.qkv:
+            setattr(attention, name, select(getattr(attention, name), rows, dim=0))
+        setattr(attention, names.out, select(self.attention_out, channels, dim=1))
+        attention.num_heads = len(heads)
+
+    def keep_neurons(self, neurons: Sequence[int]) -> None:
+        """Remove all other FFN neurons; without any, the FFN is the down projection's bias."""
+        names = self._names
+        if not neurons:
+            setattr(self.module, names.ffn, ConstantFfn(names.ffn_in, names.ffn_out, self.ffn_out.bias))
+            return
+        ffn = getattr(self.module, names.ffn)
+        for name in names.ffn_in:
+            setattr(ffn, name, select(getattr(ffn, name), neurons, dim=0))
+        setattr(ffn, names.ffn_out, select(self.ffn_out, neurons, dim=1))
+
+    def make_ffn_linear(self, rank: int) -> None:
+        """Replace the FFN by down(up(x)) of this rank, without activation; weights are zero until assigned."""
+        names, old = self._names, self.ffn_out
+        linear = LinearFfn(
+            names.ffn_in[-1],
+            names.ffn_out,
+            old.out_features,
+            rank,
+            device=old.weight.device,
+            dtype=old.weight.dtype,
+        )
+        setattr(self.module, names.ffn, linear.requires_grad_(old.weight.requires_grad))
+
+    @torch.no_grad()
+    def set_attention_out(self, weight: Tensor, bias: Tensor) -> None:
+        """Overwrite the output projection, [D, num_heads * head_dim] and [D]."""
+        self.attention_out.weight.copy_(weight)
+        self.attention_out.bias.copy_(bias)
+
+    @torch.no_grad()
+    def set_ffn_out(self, weight: Tensor, bias: Tensor) -> None:
+        """Overwrite the down projection, [D, size] and [D]."""
+        self.ffn_out.weight.copy_(weight)
+        self.ffn_out.bias.copy_(bias)
