@@ -58,6 +58,8 @@ def own_features(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
     output = model.model.get_image_features(**inputs, **options)
     images = list(output.pooler_output)
     for level in getattr(output, "deepstack_features", None) or []:
+        if isinstance(level, Tensor):  # some versions leave these in one piece
+            level = level.split([len(image) for image in images])
         images = [torch.cat([image, part], dim=-1) for image, part in zip(images, level, strict=True)]
     return images
 

@@ -117,7 +117,15 @@ class OnnxRuntimeBackend(Backend):
         options.optimized_model_filepath = str(folder / ENGINE)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{ENGINE}.data")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-        _runtime().InferenceSession(onnx_model, options, providers=list(target.providers))
+        try:
+            _runtime().InferenceSession(onnx_model, options, providers=list(target.providers))
+        except Exception as error:
+            if "NOT_IMPLEMENTED" in str(error) or "bfloat16" in str(error):
+                raise InfopruneError(
+                    f"target {target.name}: {target.providers[0]} cannot run this graph's types "
+                    f"({' '.join(str(error).split())[:160]}); use export.precision fp32 or fp16"
+                ) from None
+            raise
         record = {**_compatibility(target), "graph_optimization": target.graph_optimization, "target": target.name}
         (folder / RECORD).write_text(
             canonical_json({"compatibility": record, "target": target.model_dump(mode="json")})

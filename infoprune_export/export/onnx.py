@@ -36,9 +36,9 @@ WEIGHTS = "model.onnx.data"
 def export_onnx(
     tower: VisionTower, tokens: TokensSpec | None, folder: Path, *, opset: int, several: bool | None = None
 ) -> Form:
-    """Write `MODEL` and `WEIGHTS` into an existing folder, in the dtype of the tower's weights; returns the graph's form.
+    """Write `MODEL` and `WEIGHTS` into an existing folder, in the dtype of the tower's weights.
 
-    `several` as in `form_of`. The tower must be on the CPU and in evaluation mode.
+    Returns the graph's form. `several` as in `form_of`. The tower must be on the CPU and in evaluation mode.
     """
     encoder = VisionEncoder(tower, tokens, several)
     export_module(encoder, tower, encoder.form, encoder.output_names, folder, opset=opset)
@@ -73,27 +73,30 @@ def export_module(
 
 
 def widen_convolutions(model: ir.Model) -> None:
-    """Compute bf16 convolutions in fp32: ONNX has bf16 ones from opset 22 on only. There is one, the patch embedding."""
+    """Compute bf16 convolutions (the patch embedding) in fp32; ONNX has bf16 ones only from opset 22 on."""
     if model.opset_imports[""] >= 22:
         return
+
+    def cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
+        node = ir.node("Cast", [value], {"to": dtype}, name=name)
+        node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = name, dtype, value.shape
+        return node
+
     for node in list(model.graph):
         if node.op_type != "Conv" or node.outputs[0].dtype != ir.DataType.BFLOAT16:
             continue
-        wide = ir.Value(name=f"{node.outputs[0].name}_fp32", type=ir.TensorType(ir.DataType.FLOAT))
-        inputs = []
         for place, value in enumerate(node.inputs):
-            if value is None:
-                inputs.append(None)
-                continue
-            cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{node.name}_input_{place}")
-            cast.outputs[0].name = f"{node.name}_input_{place}"
-            cast.outputs[0].dtype, cast.outputs[0].shape = ir.DataType.FLOAT, value.shape
-            model.graph.insert_before(node, cast)
-            inputs.append(cast.outputs[0])
-        wide.shape = node.outputs[0].shape
-        conv = ir.Node("", "Conv", inputs, list(node.attributes.values()), outputs=[wide], name=f"{node.name}_fp32")
-        back = ir.node("Cast", [wide], {"to": ir.DataType.BFLOAT16}, name=node.name)
-        ir.convenience.replace_nodes_and_values(model.graph, node, [node], [conv, back], node.outputs, back.outputs)
+            if value is not None:
+                wide = cast(value, ir.DataType.FLOAT, f"{node.name}_input_{place}")
+                model.graph.insert_before(node, wide)
+                node.replace_input_with(place, wide.outputs[0])
+        result = node.outputs[0]
+        narrow = cast(result, ir.DataType.BFLOAT16, f"{node.name}_output")
+        model.graph.insert_after(node, narrow)
+        result.dtype = ir.DataType.FLOAT
+        for user, place in list(result.uses()):
+            if user is not narrow:
+                user.replace_input_with(place, narrow.outputs[0])
 
 
 def typed(tower: VisionTower, planned: Mapping[str, Tensor]) -> dict[str, Tensor]:

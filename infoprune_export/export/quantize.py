@@ -5,7 +5,7 @@ Stages of `quantize_int8`:
 1. The layers are listed: every MatMul or Gemm with a constant weight, except the patch embedding, which sees pixels,
    and the projector (or merger): nothing is added to its outputs, so its rounding noise reaches the language model
    undiluted, while a block's is small against the residual stream. Attention's own products have no constant operand
-   and stay fp32.
+   and stay fp32, and so does what only the token prior reads.
 2. One pass over the calibration data gives the range and mean square of each layer's input. ONNX Runtime reduces them
    inside the graph, so memory does not grow with the number of images.
 3. A layer whose input 8 bits cannot hold, because of outliers, is left in fp32; see `MAX_NOISE`.
@@ -193,12 +193,13 @@ def _activation_ranges(
     outputs = [_output(number, which) for number in range(len(activations)) for which in _STATISTICS]
     low = np.full(len(activations), np.inf)
     high, square_sum, calls = -low, np.zeros(len(activations)), 0
+    misfits: tuple[type[Exception], ...] = (ValueError, *_runtime_errors())
     for inputs in calibration:
         if inputs.keys() != expected:
             raise InfopruneError(f"calibration data has {sorted(inputs)}, the encoder takes {sorted(expected)}")
         try:
             values = np.array(session.run(outputs, dict(inputs)), np.float64).reshape(-1, len(_STATISTICS))
-        except (ValueError, RuntimeError, *_runtime_errors()) as error:
+        except misfits as error:
             raise InfopruneError(f"calibration data {calls} does not fit the encoder: {error}") from error
         if not np.isfinite(values).all():
             name = activations[int(np.argmax(~np.isfinite(values).all(1)))]
@@ -219,8 +220,10 @@ def _output(number: int, which: str) -> str:
 
 
 def _runtime_errors() -> tuple[type[Exception], ...]:
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
+    """What a session raises for inputs that do not fit it."""
+    from onnxruntime.capi import onnxruntime_pybind11_state
 
+    state: Any = onnxruntime_pybind11_state
     return state.InvalidArgument, state.RuntimeException, state.Fail
 
 

@@ -114,7 +114,7 @@ class _PrunedStructure(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         shape_like(tower_of(model), self.quantization_config.blocks)
-        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self._wanted = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
         # The loader tells these methods of the instance what it could not find, and otherwise only warns: the first
         # before it initialises what is missing, which fails on a tensor that is empty by right, the second when it
         # knows which tied weights are there after all.
@@ -141,13 +141,15 @@ class _PrunedStructure(HfQuantizer):
                 "install a version the constraints file names"
             )
         del model.mark_tied_weights_as_initialized, model._adjust_missing_and_unexpected_keys
-        # Some versions do not compare shapes when a quantizer is at work.
+        # Some versions neither compare shapes nor convert to the dtype asked for when a quantizer is at work.
         for name, parameter in model.named_parameters():
-            if parameter.shape != self._shapes[name]:
+            shape, dtype = self._wanted[name]
+            if parameter.shape != shape:
                 raise InfopruneError(
                     f"pruned checkpoint has mismatched tensors: {name} is {list(parameter.shape)}, "
-                    f"its config.json says {list(self._shapes[name])}"
+                    f"its config.json says {list(shape)}"
                 )
+            parameter.data = parameter.data.to(dtype)
         # From here on it is an ordinary model; the record in its configuration is what save_pretrained writes.
         del model.hf_quantizer
         del model.quantization_method

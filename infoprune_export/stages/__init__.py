@@ -74,7 +74,7 @@ STAGES: dict[str, Stage] = {
             _sections("tokens"),
             make_accuracy,
         ),
-        Stage("onnx", "ONNX exported", ("checkpoint",), _sections("tokens", "export", "seed"), make_onnx),
+        Stage("onnx", "ONNX exported", ("data", "checkpoint"), _sections("tokens", "export", "seed"), make_onnx),
         Stage("engine", "engine built", ("onnx",), _target_slice, make_engine),
         Stage(
             "validation",

@@ -34,7 +34,7 @@ def tower(family, dtype=torch.float32, pruned=False):
         made.blocks[1].make_ffn_linear(8)
         torch.nn.init.normal_(made.blocks[1].ffn_in.weight, std=0.1)
         torch.nn.init.normal_(made.blocks[1].ffn_out.weight, std=0.1)
-        made.blocks[2].keep_heads([1, 3])
+        made.blocks[-1].keep_heads([1, 3])
     return made
 
 
@@ -208,8 +208,7 @@ FP32 = {
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [(family, torch.float16) for family in ("llava", "qwen2.5-vl", "qwen3-vl")]
-    + [(family, torch.bfloat16) for family in ("llava-siglip", "qwen2.5-vl")],
+    [("qwen2.5-vl", torch.float16), ("llava-siglip", torch.bfloat16)],
 )
 def test_typed_export(exported, family, dtype):
     """Weights, features and matrix products in the model's dtype, rotary in fp32, and no storm of casts."""

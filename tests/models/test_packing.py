@@ -11,7 +11,7 @@ from transformers import vision_utils
 
 from infoprune_export.errors import InfopruneError
 from infoprune_export.models import packing
-from infoprune_export.models.attention import Segments, attend
+from infoprune_export.models.attention import Segments, attend, attend_packed
 
 REPEATABLE = settings(derandomize=True, deadline=None, max_examples=40)
 
@@ -121,10 +121,10 @@ def test_attention_in_segments_equals_attention_of_each_alone(segments, slack, d
     count = sum(map(len, segments))
     length = max(map(len, segments)) + slack
     index, inverse = map(torch.from_numpy, packing.padded_gather(segments, length))
-    query, key, value = torch.randn(3, count, 2, 4, generator=torch.Generator().manual_seed(count)).mul(3).to(dtype)
-    actual = attend(query, key, value, Segments.of(index, inverse, dtype))
+    fused = torch.randn(count, 3, 2, 4, generator=torch.Generator().manual_seed(count)).mul(3).to(dtype)
+    actual = attend_packed(fused, Segments.of(index, inverse, dtype))
     for segment in map(torch.from_numpy, segments):
-        expected = attend(query[segment], key[segment], value[segment], None)
+        expected = attend(*(x[None] for x in fused[segment].unbind(1)))[0]
         torch.testing.assert_close(actual[segment], expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-2)
 
 

@@ -52,7 +52,7 @@ def parity(tower, full, heads, ffn, weights, images):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_masked_equals_rewritten_for_any_plan(name, data):
     full, small = fresh(name), fresh(name)

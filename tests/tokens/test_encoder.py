@@ -1,4 +1,4 @@
-"""Tower, selection and projector together: which graph a selection asks for, and what the language model gets to see."""
+"""Tower, selection and projector together: which graph a selection asks for, and what the language model sees."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def test_without_selection_an_encoder_gives_hugging_faces_features(towers, name,
     tower = towers[name]
     inputs = tower.example_inputs(3, seeded())
     visual = encode(tower, tokens, inputs, several)
-    for features, layout, expected in zip(visual.features, visual.layouts, own_features(tower.model, inputs)):
+    images = own_features(tower.model, inputs)
+    for features, layout, expected in zip(visual.features, visual.layouts, images, strict=True):
         assert relative_error(features, expected) <= 1e-5
         assert layout.ids.shape == (tower.position_axes, len(expected))
 

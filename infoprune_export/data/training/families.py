@@ -90,7 +90,7 @@ class Qwen:
     stage 1 trains it, and it is frozen with the blocks. In place of [CLS] stands the mean of the tokens.
     """
 
-    schedule = Schedule((2300, 1300, 1500, 800), batch_size=24)
+    schedule = Schedule((2300, 1300, 1900, 360), batch_size=24)
     scene_sizes: Literal["square", "mixed"] = "mixed"
 
     def __init__(self, seed: int) -> None:

@@ -1,0 +1,67 @@
+"""Whole runs on the second testbed model: images of any size, every precision, down to the verdict's parities."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from infoprune_export.cli import main
+
+SMALL = [
+    *("--set", "data.calibration_images=24"),
+    *("--set", "data.validation_questions=56"),
+    *("--set", "heads.epochs=1"),
+    *("--set", "bench.rounds=3"),
+    *("--set", "bench.batch_sizes=[2]"),
+    *("--set", "validate.parity_batches=[1, 3]"),
+    *("--set", "validate.max_accuracy_drop=100.0"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("run")
+
+
+def run(folder, *settings):
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    command = ["run", "quickstart-qwen", *SMALL, *arguments, "--output", str(folder)]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    return json.loads((folder / "validation" / "validation.json").read_text())
+
+
+def test_a_run_on_images_of_mixed_sizes_ends_with_pass(folder):
+    validation = run(folder)
+    assert validation["verdict"] == "PASS"
+    onnx = [p for p in validation["parity"] if p["step"] in ("onnx", "engine")]
+    assert len(onnx) == 6, "batches of 1 and 3 images, and random ones, on both"
+    assert max(p["relative_error"] for p in onnx) < 1e-5
+    sizes = validation["size"]["visual_tokens"]
+    assert sizes["compressed"] == -(-sizes["original"] // 2)
+    assert (folder / "report" / "report.html").stat().st_size > 50_000
+
+
+@pytest.mark.parametrize(
+    ("setting", "error", "cosine"), [("export.precision=fp16", 3e-2, 0.9995), ("export.quantization=int8", 0.5, 0.99)]
+)
+def test_lower_precisions_pass_within_their_own_limits(folder, setting, error, cosine):
+    validation = run(folder, setting)
+    engine = [p for p in validation["parity"] if p["step"] == "engine"]
+    assert max(p["relative_error"] for p in engine) <= error
+    assert min(p["cosine"] for p in engine) >= cosine
+    assert max(p["relative_error"] for p in engine) > 1e-5, "it is lower precision that ran"
+
+
+def test_several_images_per_call_without_selection(folder):
+    validation = run(folder, "tokens.method=none")
+    assert validation["verdict"] == "PASS"
+    assert validation["size"]["visual_tokens"]["compressed"] == validation["size"]["visual_tokens"]["original"]
+
+
+def test_selection_over_several_images_per_call_is_refused(tmp_path):
+    command = ["run", "quickstart-qwen", *SMALL, "--set", "export.images=several", "--output", str(tmp_path / "new")]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2
+    assert "one image per call" in result.output
+    assert not (tmp_path / "new").exists()
