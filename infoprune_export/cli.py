@@ -88,7 +88,7 @@ def _run(
 ) -> Path:
     """Load the recipe, then bring its run up to stage `last`; returns the stage's folder."""
     checked = _recipe(recipe, overrides, device)
-    _quiet_libraries()
+    quiet_libraries()
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -109,7 +109,7 @@ def _run(
         return execute(run, STAGES, last, force=force)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Their progress bars and advice would break ours; errors still reach the user as exceptions."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -213,7 +213,9 @@ def validate(**options: Any) -> None:
       infoprune-export validate quickstart --set validate.max_accuracy_drop=2
     """
     folder = _run("validation", **options)
-    _print_validation(folder)
+    from infoprune_export.console import print_validation
+
+    print_validation(folder)
     _end_with_verdict(folder)
 
 
@@ -233,8 +235,10 @@ def bench(real_size: bool, **options: Any) -> None:
         return
     import json
 
+    from infoprune_export.console import print_bench
+
     folder = _run("bench", **options)
-    _print_bench(json.loads((folder / "bench.json").read_text(encoding="utf-8")))
+    print_bench(json.loads((folder / "bench.json").read_text(encoding="utf-8")))
 
 
 @main.command()
@@ -292,7 +296,7 @@ def real_size(only: str | None, rounds: int, file: Path | None) -> None:
     """
     if file is not None and not file.absolute().parent.is_dir():
         raise InfopruneError(f"--json: {file.absolute().parent}: no such folder")
-    _quiet_libraries()
+    quiet_libraries()
     import json
 
     from rich.console import Console
@@ -338,7 +342,7 @@ def parity(families: tuple[str, ...], peer: str | None, every: int, file: Path |
     """
     if file is not None and not file.absolute().parent.is_dir():
         raise InfopruneError(f"--json: {file.absolute().parent}: no such folder")
-    _quiet_libraries()
+    quiet_libraries()
     from rich.console import Console
     from rich.progress import Progress
 
@@ -389,7 +393,7 @@ def doctor(as_json: bool) -> None:
     sys.exit(1 if worst(findings) == "problem" else 0)
 
 
-# ── Printing ─────────────────────────────────────────────────────────────────
+# ── Helpers ───────────────────────────────────────────────────────────────────
 
 
 def _end_with_verdict(validation: Path) -> None:
@@ -400,71 +404,18 @@ def _end_with_verdict(validation: Path) -> None:
     sys.exit(0 if verdict == "PASS" else 1)
 
 
-def _print_validation(folder: Path) -> None:
-    import json
-
-    from rich.console import Console
-    from rich.table import Table
-
-    result = json.loads((folder / "validation.json").read_text(encoding="utf-8"))
-    table = Table("step", result["metric"], "± s.e.", "to original", "± s.e.", title=None)
-    for row in result["accuracy"]:
-        difference = row["to_original"]
-        table.add_row(
-            row["step"],
-            f"{row['percent']:.1f}",
-            f"{row['standard_error']:.1f}",
-            f"{difference['percent']:+.1f}",
-            f"{difference['standard_error']:.1f}",
-        )
-    console = Console()
-    console.print(table)
-    checks = Table("check", "value", "limit", "passed")
-    for check in result["checks"]:
-        value = "not finite" if check["value"] is None else f"{check['value']:.3g}"
-        checks.add_row(check["what"], value, f"{check['limit']:.3g}", "yes" if check["passed"] else "NO")
-    console.print(checks)
-
-
-def _print_bench(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("batch", "original ms", "compressed", "speed-up (95%)", "FLOPs", "efficiency")
-    for row in result["rows"]:
-        times, speedup = row["milliseconds"], row["speedup"]
-        table.add_row(
-            str(row["batch_size"]),
-            f"{times['original']['p50']:.2f}",
-            f"{times['compressed']['p50']:.2f}",
-            f"{speedup['median']:.2f} ({speedup['low']:.2f}-{speedup['high']:.2f})",
-            f"{row['flop_ratio']:.2f}",
-            f"{row['efficiency']:.2f}",
-        )
-    console = Console()
-    console.print(table)
-    console.print(
-        f"{result['provider']}, {result['threads']} thread(s), {result['rounds']} rounds, "
-        f"{result['machine']['processor']}"
-    )
-
-
 def _bench_real_size(
     recipe: str, overrides: tuple[str, ...], output: Path | None, device: str | None, force: bool
 ) -> None:
     checked = _recipe(recipe, overrides, device)
-    _quiet_libraries()
+    quiet_libraries()
+    from infoprune_export.console import print_bench, print_selection
     from infoprune_export.recipe import load_target
     from infoprune_export.validate.real_size import bench_real_size
 
     result = bench_real_size(checked, load_target(checked.engine.target))
-    _print_bench(result)
-    cost = result["selection"]
-    click.echo(
-        f"selection {cost['tokens']} -> {cost['kept']}: {cost['milliseconds']:.2f} ms, "
-        f"{100 * cost['fraction']:.2f}% of the original encoder's latency (95% interval "
-        f"{100 * cost['low']:.2f} .. {100 * cost['high']:.2f}%)"
-    )
+    print_bench(result)
+    print_selection(result["selection"])
 
 
 if __name__ == "__main__":

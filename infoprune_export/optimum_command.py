@@ -100,9 +100,9 @@ def export(
     """
     spec, tokens = _check_arguments(given, keep_ratio, tolerance)
     output = _check_output(output)
-    from infoprune_export.cli import _quiet_libraries
+    from infoprune_export.cli import quiet_libraries
 
-    _quiet_libraries()
+    quiet_libraries()
     from infoprune_export.artifacts import staged
     from infoprune_export.engine import backend_of
     from infoprune_export.export.onnx import export_onnx

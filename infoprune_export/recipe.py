@@ -194,7 +194,9 @@ class ExportSpec(_Spec):
     """20 is the newest every supported TensorRT reads (10.3 on Jetson included)."""
 
     @model_validator(mode="after")
-    def _int8_from_fp32(self) -> ExportSpec:
+    def _types_fit(self) -> ExportSpec:
+        if self.precision == "bf16" and self.opset < 22:
+            raise ValueError(f"precision bf16 with opset {self.opset}: convolutions take bf16 from opset 22; use 22")
         if self.quantization == "int8" and self.precision != "fp32":
             raise ValueError(f"quantization int8 with precision {self.precision}: INT8 is made from fp32; use fp32")
         return self
@@ -353,7 +355,7 @@ def assets(kind: Literal["recipes", "targets"]) -> dict[str, Path]:
     package = Path(str(importlib.resources.files("infoprune_export")))
     source = {"recipes": package.parent / "recipes", "targets": package.parent / "engines" / "targets"}[kind]
     folder = next((f for f in (package / "assets" / kind, source) if f.is_dir()), source)
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def find_asset(kind: Literal["recipes", "targets"], name: str | Path) -> Path:

@@ -23,16 +23,16 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("run")
 
 
-def run(folder, *settings):
+def run(folder, *settings, command="validate"):
     arguments = [part for setting in settings for part in ("--set", setting)]
-    command = ["run", "quickstart-qwen", *SMALL, *arguments, "--output", str(folder)]
+    command = [command, "quickstart-qwen", *SMALL, *arguments, "--output", str(folder)]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     return json.loads((folder / "validation" / "validation.json").read_text())
 
 
 def test_a_run_on_images_of_mixed_sizes_ends_with_pass(folder):
-    validation = run(folder)
+    validation = run(folder, command="run")
     assert validation["verdict"] == "PASS"
     onnx = [p for p in validation["parity"] if p["step"] in ("onnx", "engine")]
     assert len(onnx) == 6, "batches of 1 and 3 images, and random ones, on both"

@@ -3,9 +3,7 @@
 Stages of `quantize_int8`:
 
 1. The layers are listed: every MatMul or Gemm with a constant weight, except the patch embedding, which sees pixels,
-   and the projector (or merger): nothing is added to its outputs, so its rounding noise reaches the language model
-   undiluted, while a block's is small against the residual stream. Attention's own products have no constant operand
-   and stay fp32, and so does what only the token prior reads.
+   and on request the projector (or merger). Attention's own products have no constant operand and stay fp32.
 2. One pass over the calibration data gives the range and mean square of each layer's input. ONNX Runtime reduces them
    inside the graph, so memory does not grow with the number of images.
 3. A layer whose input 8 bits cannot hold, because of outliers, is left in fp32; see `MAX_NOISE`.
@@ -75,7 +73,7 @@ def quantize_int8(
     scheme: Scheme = "cpu",
     keep_float: Collection[str] = (),
     max_noise: float = MAX_NOISE,
-    projector: bool = False,
+    projector: bool = True,
     threads: int = 0,
 ) -> Quantized:
     """Write an INT8 version of ``source/model.onnx`` into an existing folder.
@@ -87,7 +85,9 @@ def quantize_int8(
         scheme: see `Scheme`.
         keep_float: ONNX names of further MatMul or Gemm nodes to leave in fp32.
         max_noise: see `MAX_NOISE`.
-        projector: quantize the projector (or merger) too.
+        projector: quantize the projector (or merger) too. Nothing is added to its outputs, so its rounding noise
+            reaches the language model undiluted, while a block's is small against the residual stream; False keeps it
+            (and what only the token prior reads) in fp32, at its share of the time.
         threads: of the calibration run; 0 for all cores.
 
     Raises:

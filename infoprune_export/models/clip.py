@@ -26,6 +26,7 @@ from infoprune_export.models.tower import (
     Prior,
     VisionTower,
     image_noise,
+    require,
 )
 
 _NAMES = BlockNames(
@@ -83,6 +84,7 @@ class LlavaTower(VisionTower):
     # ── Planning ──
 
     def check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        require(inputs, "pixel_values")
         shape = tuple(inputs["pixel_values"].shape)
         expected = (3, self.image_size, self.image_size)
         if len(shape) != 4 or shape[1:] != expected:

@@ -20,7 +20,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from infoprune_export.errors import InfopruneError
 from infoprune_export.models.attention import Context
 from infoprune_export.models.clip import LlavaTower
-from infoprune_export.models.tower import Activations, Form, Inputs, Layout, Planned, Prior, image_noise
+from infoprune_export.models.tower import Activations, Form, Inputs, Layout, Planned, Prior, image_noise, require
 
 PACKINGS = ("anyres", "tiles")
 _NEWLINE = -1
@@ -42,8 +42,7 @@ class LlavaNextTower(LlavaTower):
     # ── Planning ──
 
     def check_inputs(self, inputs: Mapping[str, Any]) -> None:
-        if "image_sizes" not in inputs:
-            raise InfopruneError("image_sizes is missing; pass everything that the model's own processor returns")
+        require(inputs, "pixel_values", "image_sizes")
         shape = tuple(inputs["pixel_values"].shape)
         expected = (3, self.image_size, self.image_size)
         if len(shape) != 5 or shape[2:] != expected or shape[0] != len(inputs["image_sizes"]):

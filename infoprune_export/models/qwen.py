@@ -32,6 +32,7 @@ from infoprune_export.models.tower import (
     Prior,
     VisionTower,
     image_noise,
+    require,
 )
 
 
@@ -95,8 +96,16 @@ class QwenTower(VisionTower):
         return int(self._visual.patch_embed.proj.weight[0].numel())
 
     def check_inputs(self, inputs: Mapping[str, Any]) -> None:
-        if "image_grid_thw" not in inputs:
-            raise InfopruneError("image_grid_thw is missing; pass everything that the model's own processor returns")
+        require(inputs, "pixel_values", "image_grid_thw")
+        if (
+            inputs["image_grid_thw"].ndim != 2
+            or inputs["image_grid_thw"].shape[1] != 3
+            or not len(inputs["image_grid_thw"])
+        ):
+            raise InfopruneError(
+                f"image_grid_thw {list(inputs['image_grid_thw'].shape)}: this tower takes one row of frames, rows and "
+                "columns per image"
+            )
         shape = tuple(inputs["pixel_values"].shape)
         if len(shape) != 2 or shape[1] != self._patch_values:
             raise InfopruneError(
@@ -199,8 +208,9 @@ class QwenTower(VisionTower):
 
     def visual_tokens(self, activations: Activations, planned: Planned) -> Tensor:
         parts = [self._visual.merger(activations.last)]
-        for merger, block in zip(getattr(self._visual, "deepstack_merger_list", ()), self.tapped, strict=True):
-            parts.append(merger(activations.taps[block]))
+        # In the order of the blocks, whatever order the configuration lists them in.
+        for place, block in sorted(enumerate(self.tapped), key=lambda pair: pair[1]):
+            parts.append(self._visual.deepstack_merger_list[place](activations.taps[block]))
         return torch.cat(parts, dim=-1)[None]
 
     def attention_prior(self, activations: Activations, context: Context, planned: Planned, kind: Prior) -> Tensor:

@@ -195,6 +195,13 @@ class VisionTower(ABC):
         return self.blocks[-1]
 
 
+def require(inputs: Mapping[str, Any], *names: str) -> None:
+    """Raise `InfopruneError` when one of the inputs is not there."""
+    for name in names:
+        if name not in inputs:
+            raise InfopruneError(f"{name} is missing; pass everything that the model's own processor returns")
+
+
 def image_noise(images: int, height: int, width: int, generator: torch.Generator) -> Tensor:
     """Coarse noise enlarged, [images, 3, height, width]: smooth like a photograph, so that attention is not uniform."""
     coarse = torch.randn(images, 3, 8, 8, generator=generator)

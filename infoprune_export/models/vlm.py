@@ -6,9 +6,10 @@ model answers from the original tower, the pruned one, or an engine.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,18 @@ class VisualTokens:
         return VisualTokens([self.features[i] for i in index], [self.layouts[i] for i in index])
 
 
+_LOADING_ERRORS = (
+    ImportError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+
+
 # ── Loading ──────────────────────────────────────────────────────────────────
 
 
@@ -119,7 +132,9 @@ def load(spec: ModelSpec, device: str | torch.device = "cpu", dtype: torch.dtype
         InfopruneError: not found, not a supported VLM, not safetensors, or a tensor is missing, unknown to the model
             or of the wrong shape. A weight is never initialised to stand in for one that is not in the checkpoint.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from infoprune_export.models.processors import load_processor
 
     source = resolve(spec.name_or_path)
     common: dict[str, Any] = {
@@ -132,11 +147,11 @@ def load(spec: ModelSpec, device: str | torch.device = "cpu", dtype: torch.dtype
         check_family(config.model_type)
         if spec.image_packing != "anyres":
             config.image_packing = spec.image_packing
-        processor = AutoProcessor.from_pretrained(source, **common)
+        processor = load_processor(source, config.model_type, **common)
         model, info = AutoModelForImageTextToText.from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **common
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError) as error:
+    except _LOADING_ERRORS as error:
         reason = " ".join(str(error).split())
         raise InfopruneError(f"{spec.name_or_path}: cannot be loaded: {reason[:400]}") from error
     problems = {what: sorted(map(str, info[what])) for what in ("missing_keys", "mismatched_keys", "unexpected_keys")}
@@ -192,11 +207,23 @@ def prompt_ids(vlm: VLM, question: str, visual_tokens: int) -> list[int]:
     return ids
 
 
-def _embed(vlm: VLM, rows: Sequence[Sequence[int]], visual: VisualTokens) -> tuple[Tensor, Tensor, Tensor]:
-    """Left-padded embeddings [B, L, D] with the features at the placeholders, mask [B, L], and position ids.
+@dataclass(frozen=True)
+class Prompt:
+    """Left-padded prompts as the language model takes them."""
 
-    Position ids are [B, L], or [4, B, L] under M-RoPE: text order, time, row, column.
-    """
+    embeds: Tensor
+    """[B, L, D], features at the placeholders."""
+    mask: Tensor
+    """[B, L]."""
+    positions: Tensor
+    """[B, L], or [4, B, L] under M-RoPE: text order, time, row, column."""
+    visual: Tensor
+    """Where the placeholders are, bool [B, L]."""
+    deeper: Sequence[Tensor]
+    """What Qwen3-VL adds to them behind its first layers, [sum of T, D] each; the rest of the features' width."""
+
+
+def _embed(vlm: VLM, rows: Sequence[Sequence[int]], visual: VisualTokens) -> Prompt:
     tokenizer = vlm.processor.tokenizer
     length = max(map(len, rows))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -204,8 +231,32 @@ def _embed(vlm: VLM, rows: Sequence[Sequence[int]], visual: VisualTokens) -> tup
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=vlm.device)
     embeds = vlm.model.get_input_embeddings()(ids)
     placeholders = (ids == vlm.model.config.image_token_id) & mask.bool()
-    embeds = embeds.masked_scatter(placeholders[..., None], torch.cat(list(visual.features)).to(embeds))
-    return embeds, mask, _position_ids(vlm, rows, visual, mask)
+    features = torch.cat(list(visual.features)).to(embeds)
+    embeds = embeds.masked_scatter(placeholders[..., None], features[:, : embeds.shape[-1]])
+    deeper = (
+        features[:, embeds.shape[-1] :].split(embeds.shape[-1], dim=1) if features.shape[1] > embeds.shape[-1] else ()
+    )
+    return Prompt(embeds, mask, _position_ids(vlm, rows, visual, mask), placeholders, deeper)
+
+
+@contextlib.contextmanager
+def _deepstack(vlm: VLM, prompt: Prompt) -> Iterator[None]:
+    """Within the block, the language model adds the prompt's deeper features behind its first layers (Qwen3-VL)."""
+    if not prompt.deeper:
+        yield
+        return
+
+    def add(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # Later calls of generation see one new token and the cache.
+        if named["inputs_embeds"].shape[1] == prompt.embeds.shape[1]:
+            named |= {"visual_pos_masks": prompt.visual, "deepstack_visual_embeds": list(prompt.deeper)}
+        return arguments, named
+
+    handle = vlm.model.model.language_model.register_forward_pre_hook(add, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _position_ids(vlm: VLM, rows: Sequence[Sequence[int]], visual: VisualTokens, mask: Tensor) -> Tensor:
@@ -231,15 +282,16 @@ def answer(vlm: VLM, visual: VisualTokens, questions: Sequence[str], max_new_tok
     rows = [
         prompt_ids(vlm, question, len(features)) for question, features in zip(questions, visual.features, strict=True)
     ]
-    embeds, mask, positions = _embed(vlm, rows, visual)
-    generated = vlm.model.generate(
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        position_ids=positions,
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-    )
+    prompt = _embed(vlm, rows, visual)
+    with _deepstack(vlm, prompt):
+        generated = vlm.model.generate(
+            inputs_embeds=prompt.embeds,
+            attention_mask=prompt.mask,
+            position_ids=prompt.positions,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+        )
     texts: list[str] = vlm.processor.tokenizer.batch_decode(generated, skip_special_tokens=True)
     return [text.strip() for text in texts]
 
@@ -255,12 +307,17 @@ def answer_loss(vlm: VLM, visual: VisualTokens, questions: Sequence[str], answer
         reply = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         rows.append([*prompt_ids(vlm, question, len(features)), *reply])
         lengths.append(len(reply))
-    embeds, mask, positions = _embed(vlm, rows, visual)
+    prompt = _embed(vlm, rows, visual)
     # Rows end together (left padding), so only the tail needs logits.
     tail = max(lengths) + 1
-    logits = vlm.model(
-        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=tail
-    ).logits
+    with _deepstack(vlm, prompt):
+        logits = vlm.model(
+            inputs_embeds=prompt.embeds,
+            attention_mask=prompt.mask,
+            position_ids=prompt.positions,
+            use_cache=False,
+            logits_to_keep=tail,
+        ).logits
     labels = torch.full((len(rows), tail - 1), -100, device=vlm.device)
     for i, (row, count) in enumerate(zip(rows, lengths, strict=True)):
         labels[i, -count:] = torch.tensor(row[-count:], device=vlm.device)

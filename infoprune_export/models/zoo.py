@@ -15,7 +15,8 @@ from infoprune_export.errors import InfopruneError
 
 IMAGE_TOKEN = 4
 # At the usual initial scale a tiny model's attention is uniform, and a wrong window or mask would hardly show.
-_TINY_GAIN = 4.0
+# SigLIP has neither [CLS] nor a norm in front; at 4 its own rounding in fp32 would pass for an error.
+_TINY_GAIN = {"llava-siglip": 2.0}
 _SPECIAL = {"image_token_id": IMAGE_TOKEN, "video_token_id": 5, "vision_start_token_id": 6, "vision_end_token_id": 7}
 
 
@@ -181,5 +182,8 @@ def random_model(name: str, blocks: int | None = None, *, seed: int = 0, dtype: 
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:
-                    parameter.mul_(_TINY_GAIN)
+                    parameter.mul_(_TINY_GAIN.get(name, 4.0))
+                else:
+                    # Biases start at 0 and norms at 1, where a lost or misplaced one would not show.
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.eval().requires_grad_(False)

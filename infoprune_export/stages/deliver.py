@@ -27,7 +27,6 @@ def make_onnx(run: Run, folder: Path) -> None:
     from safetensors.numpy import save_file
 
     from infoprune_export.export.onnx import export_onnx, golden_io
-
     from infoprune_export.models.vlm import cast
     from infoprune_export.tokens.encoder import form_of
 

@@ -98,7 +98,7 @@ def encode(
     run: Callable[[dict[str, Tensor]], Outputs],
     inputs: Inputs,
 ) -> VisualTokens:
-    """Images through an encoder that computes named outputs from planned tensors, in as many calls as its form needs."""
+    """Images through an encoder of named outputs from planned tensors, in as many calls as its form needs."""
     layouts = tower.layouts(inputs)
     features: list[Tensor] = []
     kept: list[Tensor] = []

@@ -7,66 +7,50 @@ and then run on every patch grid up to 40 x 40, extreme aspect ratios, mixed ima
 2. The reference is the Hugging Face model's own ``get_image_features``, not this package's tower, so an adapter's
    mistake counts as the export's.
 3. Contenders are this package's graphs (`_Graph`), those of a randomly pruned tower too, and optionally the graphs that
-   transformers' own exporter makes of the same model (`_Peer`).
+   transformers' own exporter makes of the same model (`Peer`).
 4. Each comparison ends in one of `OUTCOMES`; a `Tally` counts them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import RenderableType
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
-from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
-from infoprune_export.engine.onnxruntime import feed_of, open_session, session_options
+from infoprune_export.engine.onnxruntime import feed_of, open_session
 from infoprune_export.errors import InfopruneError
 from infoprune_export.export.onnx import MODEL, export_onnx
 from infoprune_export.ffn.plan import FfnChoice, FfnPlan
 from infoprune_export.heads.plan import HeadPlan
 from infoprune_export.models import tower_of
 from infoprune_export.models.llava_next import LlavaNextTower
-from infoprune_export.models.packing import Grid
-from infoprune_export.models.qwen import QwenTower
-from infoprune_export.models.tower import Form, Inputs, VisionTower, image_noise
+from infoprune_export.models.tower import Form, Inputs, VisionTower
 from infoprune_export.models.zoo import TINY, random_model
 from infoprune_export.recipe import load_target
 from infoprune_export.rewrite.surgery import FFN_IN, FFN_OUT, apply_ffn, apply_heads
 from infoprune_export.tokens.encoder import FEATURES
 from infoprune_export.validate.parity import compare
+from infoprune_export.validate.sweep_cases import KINDS, Case, Features, Kind, cases_of, model_features
+from infoprune_export.validate.sweep_peer import TARGET, THREADS, Peer, examine_peer, one_line, version_of
 
 TOLERANCE = 1e-4
 """Largest absolute difference over the largest absolute value of the reference that counts as right."""
 OPSET = 20
-THREADS = 1
-TARGET = "onnxruntime-cpu"
 
-Kind = Literal["whole", "cut", "several", "video"]
-KINDS: dict[Kind, str] = {
-    "whole": "whole windows",
-    "cut": "cut windows",
-    "several": "several images",
-    "video": "videos",
-}
-"""One image whose attention windows (LLaVA-NeXT: tiles) are all full, or not; and what is more than one image."""
 Outcome = Literal["right", "wrong", "refused", "no export"]
 OUTCOMES: dict[Outcome, str] = {
     "right": "equal to PyTorch",
@@ -74,26 +58,9 @@ OUTCOMES: dict[Outcome, str] = {
     "refused": "an error instead of an output",
     "no export": "no graph at all",
 }
-PEERS = ("transformers",)
 
 _PRUNED_CASES = 48
 _EXAMPLES = 3
-# At its scale in the zoo this one amplifies rounding: its own fp32 forward is 3e-4 from its fp64 one.
-_CALMED = {"llava-siglip": 0.5}
-Features = NDArray[np.float32]
-"""All visual tokens of a batch one after the other, [tokens, channels]."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One batch of images."""
-
-    kind: Kind
-    label: str
-    make: Callable[[], dict[str, Tensor]]
-    """The processor's outputs for it; made anew, because all of them together would be large."""
-    alone: bool = True
-    """One image of one frame."""
 
 
 @dataclass
@@ -164,140 +131,14 @@ class Sweep:
             "right": self.right,
             "tolerance": TOLERANCE,
             "opset": OPSET,
-            "packages": {name: _version(name) for name in packages},
+            "packages": {name: version_of(name) for name in packages},
             "peer": self.peer,
             "seconds": {family: round(value, 2) for family, value in self.seconds.items()},
             "rows": [tally.to_dict() for tally in self.tallies],
         }
 
 
-def _version(package: str) -> str | None:
-    # onnxruntime-gpu, for one, is installed under another name than it is imported by.
-    with contextlib.suppress(Exception):
-        return version(package)
-    return None
-
-
-# ── Cases ────────────────────────────────────────────────────────────────────
-
-_SIDES = range(4, 41, 2)
-_EXTREMES = ((2, 2), (2, 4), (6, 2), (2, 80), (80, 2), (4, 120), (120, 4), (2, 200), (48, 56))
-_MIXTURES = 40
-# Heights and widths in pixels around the multiples of a tiny LLaVA-NeXT's 56-pixel tiles.
-_PIXELS = (5, 20, 33, 55, 56, 57, 84, 112, 113, 150, 168, 169, 224, 333, 600)
-_PIXEL_EXTREMES = ((1, 1), (1, 700), (700, 1), (3, 900), (900, 3), (31, 2000), (2000, 31))
-
-
-def cases_of(tower: VisionTower, model: Any) -> list[Case]:
-    """What a family is tried on; the same list every time."""
-    if isinstance(tower, QwenTower):
-        return _grid_cases(tower, model)
-    if isinstance(tower, LlavaNextTower):
-        return _tile_cases(tower, model)
-    return [
-        Case(
-            "whole" if batch == 1 else "several",
-            f"batch {batch}, seed {seed}",
-            partial(_example, tower, batch, seed),
-            batch == 1,
-        )
-        for seed in range(3)
-        for batch in range(1, 6)
-    ]
-
-
-def _example(tower: VisionTower, images: int, seed: int) -> dict[str, Tensor]:
-    return tower.example_inputs(images, torch.Generator().manual_seed(seed))
-
-
-def _grid_cases(tower: QwenTower, model: Any) -> list[Case]:
-    vision = model.config.vision_config
-    # Without window attention nothing is cut.
-    windowed = getattr(vision, "fullatt_block_indexes", None) is not None
-    window = vision.window_size // vision.patch_size if windowed else tower.merge
-    draw = np.random.default_rng(0)
-
-    def case(kind: Kind, *grids: Grid) -> Case:
-        label = " + ".join(" x ".join(map(str, grid)) for grid in grids)
-        seed = int(draw.integers(2**31))
-        return Case(
-            kind,
-            label,
-            lambda: tower.grid_inputs(grids, torch.Generator().manual_seed(seed)),
-            len(grids) == grids[0][0] == 1,
-        )
-
-    def side() -> int:
-        whole = bool(draw.integers(2))
-        return int(window * draw.integers(1, 1 + max(1, 32 // window)) if whole else 2 * draw.integers(1, 17))
-
-    frames = [(rows, columns) for rows in _SIDES for columns in _SIDES]
-    cases = []
-    for rows, columns in (*frames, *_EXTREMES):
-        whole = rows % window == columns % window == 0
-        cases.append(case("whole" if whole else "cut", (1, rows, columns)))
-    # Images of one size are the easier half for whoever cuts a batch into equal parts; a few of them belong here too.
-    cases += [case("several", *[(1, side(), side())] * images) for images in (2, 3) for _ in range(2)]
-    cases += [case("several", (1, 16, 24), (1, 10, 14)), case("several", (1, 8, 8), (1, 2, 2), (1, 40, 2))]
-    cases += [case("several", *[(1, side(), side()) for _ in range(2 + number % 2)]) for number in range(_MIXTURES - 6)]
-    for count in (2, 3):
-        cases += [case("video", (count, side(), side())) for _ in range(8)]
-        cases += [case("video", (count, side(), side()), (1, side(), side())) for _ in range(4)]
-        cases += [case("video", (1, side(), side()), (count, side(), side()), (5 - count, side(), side()))]
-    return cases
-
-
-def _tile_cases(tower: LlavaNextTower, model: Any) -> list[Case]:
-    points, tile = model.config.image_grid_pinpoints, model.config.vision_config.image_size
-    draw = np.random.default_rng(0)
-
-    def grid(size: tuple[int, int]) -> tuple[int, int]:
-        rows, columns = get_anyres_image_grid_shape(size, points, tile)
-        return int(rows), int(columns)
-
-    def make(sizes: Sequence[tuple[int, int]], seed: int) -> dict[str, Tensor]:
-        # Where an image has fewer tiles than the largest there is noise too, which must not matter.
-        tiles = 1 + max(rows * columns for rows, columns in map(grid, sizes))
-        noise = image_noise(len(sizes) * tiles, tile, tile, torch.Generator().manual_seed(seed))
-        return {"pixel_values": noise.unflatten(0, (len(sizes), tiles)), "image_sizes": torch.tensor(sizes)}
-
-    def case(kind: Kind, *sizes: tuple[int, int]) -> Case:
-        label = " + ".join(f"{height} x {width} pixels" for height, width in sizes)
-        return Case(kind, label, partial(make, sizes, int(draw.integers(2**31))), len(sizes) == 1)
-
-    def size() -> tuple[int, int]:
-        height, width = draw.integers(1, 12 * tile, size=2)
-        return int(height), int(width)
-
-    cases = []
-    for height, width in (*((h, w) for h in _PIXELS for w in _PIXELS), *_PIXEL_EXTREMES):
-        rows, columns = grid((height, width))
-        # Padding is cut away unless the image has its grid's shape.
-        cases.append(case("whole" if height * columns == width * rows else "cut", (height, width)))
-    cases += [case("several", *[size() for _ in range(2 + number % 2)]) for number in range(_MIXTURES)]
-    return cases
-
-
-# ── References ───────────────────────────────────────────────────────────────
-
-
-def family_model(family: str) -> Any:
-    """A random model whose fp32 forward is exact enough to be a reference."""
-    model = random_model(family)
-    if family in _CALMED:
-        with torch.no_grad():
-            for parameter in model.model.vision_tower.parameters():
-                if parameter.dim() > 1:
-                    parameter.mul_(_CALMED[family])
-    return model
-
-
-def model_features(model: Any, inputs: Inputs) -> Features:
-    """What a Hugging Face model computes itself; deepstack features behind each token's channels."""
-    with torch.no_grad():
-        outputs = model.get_image_features(**inputs)
-    parts = [outputs.pooler_output, *(getattr(outputs, "deepstack_features", None) or ())]
-    return torch.cat([torch.cat(list(part)) for part in parts], dim=-1).numpy()
+# ── Models ────────────────────────────────────────────────────────────────────
 
 
 def prune_at_random(tower: VisionTower, seed: int) -> None:
@@ -333,7 +174,7 @@ def _some(draw: np.random.Generator, total: int, kept: int) -> tuple[int, ...]:
 
 def _tiles_model(family: str) -> Any:
     """LLaVA-NeXT whose own forward lays out all tokens of all tiles, which its configuration cannot ask of it."""
-    model = family_model(family)
+    model = random_model(family)
     model.config.image_packing = "tiles"
     model.model.pack_image_features = lambda features, *_, **__: ([tiles.flatten(0, 1) for tiles in features], None)
     return model
@@ -382,93 +223,6 @@ class _Graph:
         return np.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
 
 
-class _Peer:
-    """Transformers' exporter, used as its guide says: each component of the vision path is exported, dynamic.
-
-    The exported graphs then stand in for the modules, so that what is left to the caller between components is done by
-    the model's own code; precomputed inputs come from the exporter's helper.
-    """
-
-    def __init__(self, family: str) -> None:
-        from transformers.exporters import exporter_dynamo
-        from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
-
-        # Named after its file, so transformers' verbosity does not reach it.
-        logging.getLogger(exporter_dynamo.__file__).setLevel(logging.ERROR)
-        self._model = family_model(family)
-        options = session_options(load_target(TARGET), THREADS)
-        # A refusal is counted; that ONNX Runtime prints it as well helps nobody.
-        options.log_severity_level = 4
-        modules = [self._model.get_encoder(modality="image"), getattr(self._model.model, "multi_modal_projector", None)]
-        for module in filter(None, modules):
-            exported = OnnxExporter().export(module, self._sample(module), OnnxConfig(dynamic=True))
-            module.forward = partial(_stand_in, module, module.forward, exported.to("cpu", session_options=options))
-
-    def _sample(self, module: Any) -> dict[str, Any]:
-        """What the module is called with for two images of one size, all windows whole.
-
-        Of the samples that can be traced it fixes least: one image alone would fix the number of images.
-        """
-        calls: list[dict[str, Any]] = []
-        hook = module.register_forward_pre_hook(
-            lambda _, arguments, named: calls.append(_named(module.forward, arguments, named)), with_kwargs=True
-        )
-        tower, generator = tower_of(self._model), torch.Generator().manual_seed(0)
-        grids: list[Grid] = [(1, 16, 24)] * 2
-        inputs = (
-            tower.grid_inputs(grids, generator) if isinstance(tower, QwenTower) else tower.example_inputs(2, generator)
-        )
-        with hook:
-            model_features(self._model, inputs)
-        return calls[0]
-
-    def serves(self, case: Case) -> bool:
-        return True
-
-    def run(self, inputs: Inputs) -> Features:
-        return model_features(self._model, inputs)
-
-
-def _stand_in(module: Any, forward: Callable[..., Any], exported: Any, *arguments: Any, **named: Any) -> Any:
-    """The exported graph, called the way the module is."""
-    from transformers.exporters.utils import precompute_export_inputs
-
-    inputs = _named(forward, arguments, named)
-    precompute_export_inputs(module, inputs)
-    return exported(**inputs)
-
-
-def _named(function: Callable[..., Any], arguments: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
-    signature = inspect.signature(function)
-    bound: dict[str, Any] = {}
-    for name, value in signature.bind(*arguments, **named).arguments.items():
-        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            bound |= value
-        else:
-            bound[name] = value
-    return bound
-
-
-def examine_peer(name: str) -> dict[str, Any]:
-    """A peer's version, and the reason why it is not available, or None.
-
-    Raises:
-        InfopruneError: no such peer.
-    """
-    if name not in PEERS:
-        raise InfopruneError(f"no peer {name!r}; there are: {', '.join(PEERS)}")
-    reason = None
-    try:
-        # Exports that can be called came later than exporters.
-        from transformers.exporters.base import ExportedModel  # noqa: F401
-        from transformers.exporters.exporter_onnx import OnnxExporter
-
-        OnnxExporter()
-    except Exception as error:  # (a missing or outdated package of its own too, whatever it raises)
-        reason = _line(error)
-    return {"name": name, "version": _version(name), "not_available": reason}
-
-
 # ── Sweeping ─────────────────────────────────────────────────────────────────
 
 
@@ -495,17 +249,17 @@ def sweep(
 
 
 def _sweep_family(family: str, with_peer: bool, every: int, progress: Progress) -> Iterator[Tally]:
-    model = family_model(family)
+    model = random_model(family)
     tower = tower_of(model)
     cases = cases_of(tower, model)
     entries = [Entry("ours, several images", partial(_Graph, tower, True))]
     if tower.ragged:
         entries.append(Entry("ours, one image", partial(_Graph, tower, False)))
     if with_peer:
-        entries.append(Entry(f"transformers {_version('transformers')}", partial(_Peer, family), ours=False))
+        entries.append(Entry(f"transformers {version_of('transformers')}", partial(Peer, family), ours=False))
     yield from judge(family, model, entries, cases[::every], progress)
 
-    pruned = family_model(family)
+    pruned = random_model(family)
     pruned_tower = tower_of(pruned)
     prune_at_random(pruned_tower, seed=0)
     # Spread over all kinds; the list is sorted by them.
@@ -530,7 +284,7 @@ def judge(family: str, model: Any, entries: Sequence[Entry], cases: Sequence[Cas
             with contextlib.redirect_stdout(io.StringIO()):
                 contender = entry.make()
         except Exception as error:  # (whatever it is, there is no graph)
-            failure = _line(error)
+            failure = one_line(error)
         tally.seconds += time.perf_counter() - start
         progress.remove_task(task)
         judged.append((tally, contender, failure))
@@ -555,17 +309,12 @@ def _outcome(contender: Contender, inputs: Inputs, expected: Features) -> tuple[
     try:
         features = contender.run(inputs)
     except Exception as error:  # (whatever it is, it is no silent mistake)
-        return "refused", None, _line(error)
+        return "refused", None, one_line(error)
     distance = compare(expected, features, step="", case="", tolerance=TOLERANCE).relative_error
     if distance <= TOLERANCE:
         return "right", distance, ""
     shapes = "" if expected.shape == features.shape else f"shape {list(features.shape)}, not {list(expected.shape)}"
     return "wrong", distance, shapes
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}"
 
 
 # ── Printing ─────────────────────────────────────────────────────────────────

@@ -77,5 +77,6 @@ def plant_doctor(site: Path) -> None:
     """The doctor alone, as it lies in the package."""
     package = site / "infoprune_export"
     package.mkdir()
-    shutil.copy(PACKAGE / "__init__.py", package)
+    for name in ("__init__.py", "_registration.py"):
+        shutil.copy(PACKAGE / name, package)
     shutil.copytree(PACKAGE / "doctor", package / "doctor", ignore=shutil.ignore_patterns("__pycache__"))

@@ -21,13 +21,14 @@ from infoprune_export.models.zoo import random_model
 from infoprune_export.recipe import TokensSpec
 from infoprune_export.tokens.encoder import form_of
 
-SELECT = TokensSpec(keep_ratio="1/4")
+# Without merging: a token that moves to another anchor would change the features of tokens that were kept alike.
+SELECT = TokensSpec(keep_ratio="1/4", merge=False)
 
 
 @pytest.fixture(scope="module", params=["llava", "qwen2.5-vl"])
 def source(request, tmp_path_factory):
     """An fp32 export, and a generator of calibration data for it."""
-    made, folder = tower_of(random_model(request.param, 4)), tmp_path_factory.mktemp("fp32")
+    made, folder = tower_of(random_model(request.param, 3)), tmp_path_factory.mktemp("fp32")
     tokens = SELECT if request.param == "llava" else None
     export_onnx(made, tokens, folder, opset=20)
     form = form_of(made, tokens)
@@ -98,9 +99,9 @@ def test_int8_is_close_and_keeps_everything_else(source, tmp_path, scheme):
         assert 0.99 < cosine(expected["image_features"], actual["image_features"]) < 1 - 1e-9
 
 
-def test_projector_and_patch_embedding_stay_float_unless_asked_for(source, tmp_path):
+def test_patch_embedding_stays_float_and_the_projector_on_request(source, tmp_path):
     folder, data = source
-    blocks = quantize_int8(folder, tmp_path, data([0])).int8
+    blocks = quantize_int8(folder, tmp_path, data([0]), projector=False).int8
     model = onnx.load(folder / MODEL, load_external_data=False)
     initializers = {tensor.name for tensor in model.graph.initializer}
     linear = [n for n in model.graph.node if n.op_type in ("MatMul", "Gemm") and n.input[1] in initializers]
@@ -109,7 +110,7 @@ def test_projector_and_patch_embedding_stay_float_unless_asked_for(source, tmp_p
     assert outside[-2:] == [node.name for node in linear[-2:]]
     pixels = model.graph.input[0].name
     assert not any(node.name in blocks for node in model.graph.node if pixels in node.input)
-    everything = quantize_int8(folder, tmp_path, data([0]), projector=True).int8
+    everything = quantize_int8(folder, tmp_path, data([0])).int8
     assert everything == [node.name for node in linear]
 
 

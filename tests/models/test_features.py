@@ -310,3 +310,20 @@ def test_priors_of_a_family_follow_its_cls_token(towers):
         name: name in ("llava", "llava-next") for name in FAMILIES
     }
     assert all("received" in tower.priors for tower in towers.values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_missing_input_is_named(name):
+    tower = tower_of(build(name))
+    inputs = tower.example_inputs(1, seeded())
+    for gone in inputs:
+        with pytest.raises(InfopruneError, match=f"{gone} is missing"):
+            tower.check_inputs({key: value for key, value in inputs.items() if key != gone})
+
+
+@pytest.mark.parametrize("grid", [[[1, 4]], [1, 4, 4], []])
+def test_a_grid_of_the_wrong_shape_is_refused(grid):
+    tower = tower_of(build("qwen2-vl"))
+    inputs = tower.example_inputs(1, seeded()) | {"image_grid_thw": torch.tensor(grid, dtype=torch.long)}
+    with pytest.raises(InfopruneError, match="image_grid_thw"):
+        tower.check_inputs(inputs)

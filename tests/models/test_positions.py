@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +14,19 @@ from hypothesis import strategies as st
 from infoprune_export.data import testbed
 from infoprune_export.models import tower_of
 from infoprune_export.models.tower import Layout
-from infoprune_export.models.vlm import VLM, VisualTokens, _embed, _position_ids, answer, answer_loss, prompt_ids
+from infoprune_export.models.vlm import (
+    VLM,
+    VisualTokens,
+    _deepstack,
+    _embed,
+    _position_ids,
+    answer,
+    answer_loss,
+    prompt_ids,
+)
 from infoprune_export.models.zoo import IMAGE_TOKEN
 
 # Their language models take one feature vector per token; Qwen3-VL's takes more, by another way.
-ANSWERING = tuple(name for name in FAMILIES if name != "qwen3-vl")
 QUESTIONS = ["How many objects are there?", "Is there a ring?", "What word is on the sign in the image?"]
 
 
@@ -169,7 +178,17 @@ def own_answers(vlm, inputs, questions, count):
     return [text.strip() for text in texts]
 
 
-@pytest.mark.parametrize("name", ANSWERING)
+def logits_of(vlm, prompt):
+    with _deepstack(vlm, prompt):
+        return vlm.model(
+            inputs_embeds=prompt.embeds,
+            attention_mask=prompt.mask,
+            position_ids=prompt.positions,
+            use_cache=False,
+        ).logits
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_answers_from_features_equal_generate_on_pixels(name):
     """Several tokens, so that every later step's position counts; twice, since the models remember positions."""
     vlm = talking(name)
@@ -182,7 +201,7 @@ def test_answers_from_features_equal_generate_on_pixels(name):
     assert own_answers(vlm, inputs, QUESTIONS, 12) == expected
 
 
-@pytest.mark.parametrize("name", ANSWERING)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_generated_tokens_continue_the_positions_of_the_prompt(name):
     """Step by step, with a cache, what one forward over the whole text gives, tokens left out of the image too."""
     vlm = talking(name)
@@ -193,26 +212,26 @@ def test_generated_tokens_continue_the_positions_of_the_prompt(name):
     visual = VisualTokens.of(features, vlm.tower.layouts(inputs), kept)
     rows = [prompt_ids(vlm, q, len(f)) for q, f in zip(QUESTIONS[1:], visual.features, strict=True)]
     with torch.inference_mode():
-        embeds, mask, positions = _embed(vlm, rows, visual)
-        output = vlm.model.generate(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=positions,
-            do_sample=False,
-            min_new_tokens=6,
-            max_new_tokens=6,
-            suppress_tokens=[vlm.model.config.image_token_id],
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
+        prompt = _embed(vlm, rows, visual)
+        with _deepstack(vlm, prompt):
+            output = vlm.model.generate(
+                inputs_embeds=prompt.embeds,
+                attention_mask=prompt.mask,
+                position_ids=prompt.positions,
+                do_sample=False,
+                min_new_tokens=6,
+                max_new_tokens=6,
+                suppress_tokens=[vlm.model.config.image_token_id],
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
         longer = [row + new for row, new in zip(rows, output.sequences.tolist(), strict=True)]
-        embeds, mask, positions = _embed(vlm, longer, visual)
-        full = vlm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        full = logits_of(vlm, _embed(vlm, longer, visual))
     stepwise = torch.stack(output.logits, dim=1)
     torch.testing.assert_close(stepwise, full[:, -7:-1], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ANSWERING)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_positions_matter_to_these_models(name):
     """The comparisons above could not fail otherwise."""
     vlm = talking(name)
@@ -220,17 +239,14 @@ def test_positions_matter_to_these_models(name):
     visual = encoded(vlm, inputs)
     rows = [prompt_ids(vlm, QUESTIONS[0], len(visual.features[0]))]
     with torch.inference_mode():
-        embeds, mask, positions = _embed(vlm, rows, visual)
-        moved = positions.clone()
+        prompt = _embed(vlm, rows, visual)
+        moved = prompt.positions.clone()
         moved[..., -4:] += 1
-        logits = [
-            vlm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=ids).logits[0, -1]
-            for ids in (positions, moved)
-        ]
+        logits = [logits_of(vlm, p)[0, -1] for p in (prompt, replace(prompt, positions=moved))]
     assert (logits[0] - logits[1]).abs().max() > 1e-2 * logits[0].abs().max()
 
 
-@pytest.mark.parametrize("name", ANSWERING)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_answer_loss_equals_cross_entropy_on_pixels(name):
     vlm = talking(name)
     inputs = vlm.tower.example_inputs(2, seeded())

@@ -19,22 +19,9 @@ from infoprune_export.errors import InfopruneError
 from infoprune_export.models import packing, tower_of
 from infoprune_export.models.zoo import TINY, random_model
 from infoprune_export.validate import sweep as module
-from infoprune_export.validate.sweep import (
-    KINDS,
-    TOLERANCE,
-    Case,
-    Entry,
-    Sweep,
-    Tally,
-    cases_of,
-    examine_peer,
-    family_model,
-    judge,
-    model_features,
-    prune_at_random,
-    render,
-    sweep,
-)
+from infoprune_export.validate.sweep import TOLERANCE, Entry, Sweep, Tally, judge, prune_at_random, render, sweep
+from infoprune_export.validate.sweep_cases import KINDS, Case, cases_of, model_features
+from infoprune_export.validate.sweep_peer import Peer, examine_peer
 
 QUIET = Progress(disable=True)
 
@@ -102,7 +89,7 @@ def test_every_layout_of_tiles_is_tried_whole_and_cut():
 
 @pytest.mark.parametrize("family", TINY)
 def test_rounding_in_the_reference_is_far_below_the_tolerance(family):
-    model, exact = family_model(family), family_model(family).double()
+    model, exact = random_model(family), random_model(family).double()
     for case in cases_of(tower_of(model), model)[:: 3 if family == "llava-siglip" else 110]:
         inputs = case.make()
         doubled = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
@@ -112,7 +99,7 @@ def test_rounding_in_the_reference_is_far_below_the_tolerance(family):
 
 @pytest.mark.parametrize("family", TINY)
 def test_pruning_at_random_leaves_no_one_and_all_heads(family):
-    model, again = family_model(family), family_model(family)
+    model, again = random_model(family), random_model(family)
     full = tower_of(model).head_counts()[0]
     for pruned in (model, again):
         prune_at_random(tower_of(pruned), seed=0)
@@ -376,7 +363,7 @@ def test_the_peer_is_given_what_its_modules_are_called_with(exporters, monkeypat
     monkeypatch.setattr(exporter_onnx, "OnnxExporter", Exporter)
     model = random_model(family)
     cases = [case for case in cases_of(tower_of(model), model) if case.kind == "several"][:2]
-    (tally,) = judge(family, model, [Entry("peer", partial(module._Peer, family), ours=False)], cases, QUIET)
+    (tally,) = judge(family, model, [Entry("peer", partial(Peer, family), ours=False)], cases, QUIET)
     assert tally.right, tally.examples
     modules = 1 if marker else 2
     assert len(samples) == modules
@@ -390,6 +377,6 @@ def test_the_peer_is_given_what_its_modules_are_called_with(exporters, monkeypat
 def test_the_peers_graphs_stand_in_for_the_models_modules(exporters):
     model = random_model("llava")
     cases = cases_of(tower_of(model), model)[:3]
-    (tally,) = judge("llava", model, [Entry("peer", partial(module._Peer, "llava"), ours=False)], cases, QUIET)
+    (tally,) = judge("llava", model, [Entry("peer", partial(Peer, "llava"), ours=False)], cases, QUIET)
     assert tally.right, tally.examples
     assert tally.worst > 0, "this is the model itself"
