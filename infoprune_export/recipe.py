@@ -195,8 +195,6 @@ class ExportSpec(_Spec):
 
     @model_validator(mode="after")
     def _types_fit(self) -> ExportSpec:
-        if self.precision == "bf16" and self.opset < 22:
-            raise ValueError(f"precision bf16 with opset {self.opset}: convolutions take bf16 from opset 22; use 22")
         if self.quantization == "int8" and self.precision != "fp32":
             raise ValueError(f"quantization int8 with precision {self.precision}: INT8 is made from fp32; use fp32")
         return self

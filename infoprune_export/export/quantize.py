@@ -31,7 +31,7 @@ from infoprune_export.export.onnx import MODEL, WEIGHTS
 
 Scheme = Literal["cpu", "tensorrt"]
 """``cpu``: unsigned asymmetric activations, the faster kernels of x86. ``tensorrt``: signed symmetric ones, which is
-all that TensorRT takes."""
+all that TensorRT takes; no TensorRT has built such a file yet."""
 
 MAX_NOISE = 2e-3
 """Largest rounding noise of a quantized layer's input, as a share of its mean square. A layer at this limit has outputs
