@@ -34,10 +34,10 @@ class Parity:
     cosine: float
     norm_ratio: float
     tolerance: float
-    min_cosine: float = 0.0
     kept_suboptimality: float | None = None
     """Worst step of the kept indices under the replay rule; None without selection."""
     replay_tolerance: float | None = None
+    min_cosine: float = 0.0
 
     @property
     def passed(self) -> bool:
