@@ -8,8 +8,8 @@ from click.testing import CliRunner
 from infoprune_export.cli import main
 
 SMALL = [
-    *("--set", "data.calibration_images=24"),
-    *("--set", "data.validation_questions=56"),
+    *("--set", "data.calibration_images=12"),
+    *("--set", "data.validation_questions=28"),
     *("--set", "heads.epochs=1"),
     *("--set", "bench.rounds=3"),
     *("--set", "bench.batch_sizes=[2]"),
