@@ -112,7 +112,7 @@ VARIANTS = {
     "neurons": (0.0, _NEURONS_KEPT),
     "both": (_HEADS_REMOVED, _NEURONS_KEPT),
 }
-# Tower -> blocks (of CLIP the last is never executed), images of how many patches per side (None: the tower's own size).
+# Tower -> blocks (CLIP's last is never executed), images of how many patches per side (None: the tower's own size).
 SPEED_TOWERS: dict[str, tuple[int, int | None]] = {"clip-l-336": (9, None), "qwen2-vl-7b": (6, 40)}
 
 
