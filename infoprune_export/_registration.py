@@ -1,8 +1,9 @@
 """Makes transformers read pruned checkpoints once it and this package are both imported, in either order.
 
-transformers keeps a register of loading methods, which `rewrite.checkpoint` writes to, but has no entry point by which
-an installed package could ask to be imported. Importing it from here would cost every command, ``--help`` too, seconds.
-So nothing is imported: a finder waits for transformers to import the register, and `rewrite.checkpoint` follows it.
+transformers keeps a register of loading methods but has no entry point by which an installed package could ask to be
+imported. Importing it from here would cost every command, ``--help`` too, seconds. So nothing is imported: a finder
+waits for transformers to import the register and puts one light entry into it. The entry imports
+`rewrite.checkpoint`, which takes its place, when transformers meets the first pruned checkpoint.
 """
 
 from __future__ import annotations
@@ -17,34 +18,36 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-_REGISTER = "transformers.quantizers"
+_REGISTER = "transformers.quantizers.auto"
 _READER = "infoprune_export.rewrite.checkpoint"
+_METHOD = "infoprune"
 
 
 def register_with_transformers() -> None:
     """Register now if transformers has its register, else as soon as it has; more than one call changes nothing."""
     if _REGISTER in sys.modules:
-        _register()
+        _register(sys.modules[_REGISTER])
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         # It stays there: to take it out again would make another thread's import that is under way skip a finder.
         sys.meta_path.insert(0, _Finder())
 
 
-def _register() -> None:
-    if _READER in sys.modules:
-        return  # it registers itself, and may be what imports transformers
-    try:
-        import_module(_READER)
-    except Exception as error:  # whatever it is, `import transformers` must succeed
-        _refuse(error)
+def _register(register: ModuleType) -> None:
+    """Imports nothing: the register's import lock is held, and another thread may hold the reader's."""
+    # A register of another shape takes no entry, and `import transformers` succeeds all the same.
+    with suppress(Exception):
+        register.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(_METHOD, _Entry)
 
 
-def _refuse(cause: Exception) -> None:
-    """Have transformers raise when it meets a pruned checkpoint; unregistered, it would go on to guess at the cause."""
+class _Entry:
+    """Stands in the register until the first pruned checkpoint."""
 
-    class Unreadable:
-        @classmethod
-        def from_dict(cls, *_: Any, **__: Any) -> None:
+    @classmethod
+    def from_dict(cls, record: dict[str, Any], **options: Any) -> Any:
+        """The structure record, by the class that reads it."""
+        try:
+            config = import_module(_READER).InfopruneConfig
+        except Exception as cause:
             from infoprune_export.errors import InfopruneError
 
             version = getattr(sys.modules["transformers"], "__version__", "unknown")
@@ -52,10 +55,7 @@ def _refuse(cause: Exception) -> None:
                 f"pruned checkpoints cannot be read with transformers {version} ({type(cause).__name__}: {cause}); "
                 "install a version the constraints file names"
             ) from cause
-
-    with suppress(Exception):
-        # rewrite.checkpoint.METHOD, which just failed to be imported
-        import_module(f"{_REGISTER}.auto").AUTO_QUANTIZATION_CONFIG_MAPPING["infoprune"] = Unreadable
+        return config.from_dict(record, **options)
 
 
 class _Finder:
@@ -94,4 +94,4 @@ class _Loader:
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        _register()
+        _register(module)

@@ -15,7 +15,9 @@ print([len(p) for name, p in model.named_parameters() if name.endswith("layers.0
 """
 REGISTERED = """
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+record = AUTO_QUANTIZATION_CONFIG_MAPPING["infoprune"].from_dict({"blocks": []})
 from infoprune_export.rewrite import checkpoint
+assert type(record) is checkpoint.InfopruneConfig
 assert AUTO_QUANTIZATION_CONFIG_MAPPING["infoprune"] is checkpoint.InfopruneConfig
 assert AUTO_QUANTIZER_MAPPING["infoprune"] is checkpoint._PrunedStructure
 """
@@ -61,16 +63,12 @@ def stand_in(tmp_path_factory):
     for name, text in {
         "__init__.py": "__version__ = 'x'",
         "utils/__init__.py": "",
-        "utils/quantization_config.py": "class QuantizationConfigMixin: pass",
-        "quantizers/__init__.py": "from .auto import register_quantization_config, register_quantizer, HfQuantizer",
+        "utils/quantization_config.py": (
+            "class QuantizationConfigMixin:\n    @classmethod\n    def from_dict(cls, record): return cls(**record)"
+        ),
+        "quantizers/__init__.py": "from .auto import HfQuantizer",
         "quantizers/auto.py": (
-            "AUTO_QUANTIZATION_CONFIG_MAPPING = {}; AUTO_QUANTIZER_MAPPING = {}\n"
-            "class HfQuantizer: pass\n"
-            "def register(mapping, name):\n"
-            "    assert name not in mapping\n"
-            "    return lambda cls: mapping.setdefault(name, cls)\n"
-            "def register_quantization_config(name): return register(AUTO_QUANTIZATION_CONFIG_MAPPING, name)\n"
-            "def register_quantizer(name): return register(AUTO_QUANTIZER_MAPPING, name)\n"
+            "AUTO_QUANTIZATION_CONFIG_MAPPING = {}; AUTO_QUANTIZER_MAPPING = {}\nclass HfQuantizer: pass\n"
         ),
     }.items():
         file = folder / "transformers" / name
@@ -105,13 +103,12 @@ def test_refused_without_us_and_read_when_we_are_imported_last(checkpoint):
         "import transformers.quantizers.auto, infoprune_export",
         "import infoprune_export.rewrite.checkpoint",
         "from threading import Thread as T; import infoprune_export; ts = [T(target=__import__, args=(name,)) for name"
-        " in ('transformers.quantizers', 'transformers.quantizers.auto', 'infoprune_export.rewrite.checkpoint')]\n"
+        " in ('transformers.quantizers', 'infoprune_export.rewrite.checkpoint', 'transformers.quantizers')]\n"
         "for t in ts: t.start()\nfor t in ts: t.join()",
     ],
 )
 def test_every_way_to_import_registers(stand_in, imports):
-    code = f"{imports}\nassert 'infoprune_export.rewrite.checkpoint' in sys.modules{REGISTERED}"
-    done = python(code, path=stand_in)
+    done = python(imports + REGISTERED, path=stand_in)
     assert output_of(done) == ""
     assert done.stderr == ""
 
@@ -120,7 +117,7 @@ def test_once_only_and_without_a_trace(stand_in):
     code = (
         "import importlib, infoprune_export; importlib.reload(infoprune_export)\n"
         "print(sum(type(f).__module__ == 'infoprune_export._registration' for f in sys.meta_path))\n"
-        "import transformers.quantizers as q; importlib.reload(infoprune_export); importlib.reload(q)\n"
+        "import transformers.quantizers.auto as q; importlib.reload(infoprune_export); importlib.reload(q)\n"
         "print(type(q.__spec__.loader).__name__, type(q.__loader__).__name__)"
     )
     assert output_of(python(code + REGISTERED, path=stand_in)) == "1\nSourceFileLoader SourceFileLoader\n"
@@ -133,11 +130,11 @@ def test_other_hooks_still_have_their_say(stand_in):
         "class Hook:\n"
         "    busy = False\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name != 'transformers.quantizers' or self.busy: return None\n"
+        "        if name != 'transformers.quantizers.auto' or self.busy: return None\n"
         "        self.busy = True; spec = importlib.util.find_spec(name); self.busy = False\n"
         "        print('asked'); return spec\n"
         "sys.meta_path.insert(0, Hook()); import infoprune_export; sys.meta_path.insert(0, Hook())\n"
-        "import transformers.quantizers as q; print(type(q.__spec__.loader).__name__)"
+        "import transformers.quantizers.auto as q; print(type(q.__spec__.loader).__name__)"
     )
     assert output_of(python(code + REGISTERED, path=stand_in)) == "asked\nasked\nSourceFileLoader\n"
 
@@ -192,14 +189,15 @@ def test_our_failure_shows_when_a_pruned_checkpoint_is_loaded(stand_in):
 
 def test_a_transformers_of_another_shape_is_imported(tmp_path):
     """One without a register, and one whose first import fails."""
-    package = tmp_path / "transformers"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "quantizers.py").write_text("import sys\nif not sys.tries: sys.tries = 1; raise ImportError('first')")
+    package = tmp_path / "transformers" / "quantizers"
+    package.mkdir(parents=True)
+    for folder in (package.parent, package):
+        (folder / "__init__.py").write_text("")
+    (package / "auto.py").write_text("import sys\nif not sys.tries: sys.tries = 1; raise ImportError('first')")
     code = (
         "sys.tries = 0; import infoprune_export\n"
-        "try: import transformers.quantizers\n"
+        "try: import transformers.quantizers.auto\n"
         "except ImportError as error: print(error)\n"
-        "import transformers.quantizers; print(transformers.quantizers.__file__)"
+        "import transformers.quantizers.auto as auto; print(auto.__file__)"
     )
-    assert output_of(python(code, path=str(tmp_path))) == f"first\n{package / 'quantizers.py'}\n"
+    assert output_of(python(code, path=str(tmp_path))) == f"first\n{package / 'auto.py'}\n"

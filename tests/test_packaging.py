@@ -2,8 +2,10 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
@@ -51,29 +53,37 @@ def test_wheel_carries_one_file_of_the_optimum_namespace(wheel):
 
 
 def test_optimum_finds_our_command_in_an_installed_wheel(wheel, tmp_path):
-    zipfile.ZipFile(wheel).extractall(tmp_path)
-    assert str(tmp_path) in _optimum_help(f"sys.path.insert(0, {str(tmp_path)!r})", tmp_path)
+    assert str(tmp_path) in _optimum_help(wheel, tmp_path)
 
 
 def test_optimum_finds_our_command_in_an_editable_install(tmp_path):
     """What `pip install -e` puts into site-packages is what this wheel holds."""
     build = f"from hatchling.build import build_editable; build_editable({str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True, capture_output=True)
-    site = tmp_path / "site"
-    zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(site)
-    assert str(ROOT) in _optimum_help(f"import site; site.addsitedir({str(site)!r})", tmp_path)
+    assert str(ROOT) in _optimum_help(next(tmp_path.glob("*.whl")), tmp_path)
 
 
-def _optimum_help(install: str, cwd: Path) -> str:
-    """Run ``optimum-cli export infoprune --help`` after `install`; returns where our package came from."""
+def _optimum_help(wheel: Path, folder: Path) -> str:
+    """Run ``optimum-cli export infoprune --help`` with only this wheel of ours; returns where our package came from."""
+    site = folder / "site"
+    site.mkdir()
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if "infoprune" in entry.name or entry.suffix == ".pth":
+            continue
+        if entry.name == "optimum":
+            # An install of ours left its file among optimum's.
+            shutil.copytree(entry, site / entry.name, ignore=shutil.ignore_patterns("*infoprune*", "__pycache__"))
+        else:
+            (site / entry.name).symlink_to(entry)
+    zipfile.ZipFile(wheel).extractall(site)
     code = (
-        f"import sys; {install}; sys.argv[1:] = ['export', 'infoprune', '--help']\n"
+        f"import site, sys; site.addsitedir({str(site)!r}); sys.argv[1:] = ['export', 'infoprune', '--help']\n"
         "from optimum.commands.optimum_cli import main\n"
         "try: main()\n"
         "finally: print(sys.modules['infoprune_export'].__file__, 'torch' in sys.modules)"
     )
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-S", "-P", "-c", code], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--keep-ratio" in done.stdout
     origin, imported = done.stdout.splitlines()[-1].rsplit(" ", 1)

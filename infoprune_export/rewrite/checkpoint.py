@@ -18,7 +18,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from infoprune_export.errors import InfopruneError
@@ -89,7 +90,6 @@ def save(model: PreTrainedModel, processor: ProcessorMixin, tower: VisionTower, 
 # ── transformers hook ────────────────────────────────────────────────────────
 
 
-@register_quantization_config(METHOD)
 class InfopruneConfig(QuantizationConfigMixin):
     """The structure record, under the name transformers looks for."""
 
@@ -106,7 +106,6 @@ class InfopruneConfig(QuantizationConfigMixin):
         self.blocks = blocks
 
 
-@register_quantizer(METHOD)
 class _PrunedStructure(HfQuantizer):
     """Shapes the skeleton before loading and holds the loader to its own findings afterwards."""
 
@@ -164,6 +163,11 @@ class _PrunedStructure(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+# Not by the decorators of transformers, which refuse to take the place of `_registration`'s entry.
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = InfopruneConfig
+AUTO_QUANTIZER_MAPPING[METHOD] = _PrunedStructure
 
 
 def _refuse(loading_info: Any, tied: Container[str] = ()) -> None:
