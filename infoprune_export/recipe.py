@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, model_validator
 
 from infoprune_export.errors import InfopruneError
 
@@ -28,6 +28,27 @@ if TYPE_CHECKING:
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+
+
+def _as_fraction(value: Any) -> Fraction:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str, Fraction)):
+        raise ValueError('expected a number or a fraction in quotes such as "1/2"')
+    # Text is matched first: Fraction would spend minutes on "1e-99999999".
+    if isinstance(value, str) and not re.fullmatch(r"\s*\d{1,9}(\.\d{0,9}|/\d{1,9})?\s*", value):
+        raise ValueError(f'{value!r:.40} is not a number or a fraction such as "1/2"')
+    try:
+        ratio = Fraction(str(value))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f'{value!r:.40} is not a number or a fraction such as "1/2"') from None
+    if isinstance(value, float):
+        ratio = ratio.limit_denominator(10_000)
+    if not 0 < ratio <= 1:
+        raise ValueError(f"{value} is outside (0, 1]: keep at least one token and at most all")
+    return ratio
+
+
+Ratio = Annotated[Fraction, BeforeValidator(_as_fraction), PlainSerializer(str)]
+"""A share in (0, 1] of visual tokens: a number, or a fraction in quotes such as "64/576", which is exact."""
 
 
 class _Spec(pydantic.BaseModel):
@@ -141,8 +162,8 @@ class TokensSpec(_Spec):
     """
 
     method: Literal["infoprune", "none"] = "infoprune"
-    keep_ratio: Fraction = Fraction(1, 2)
-    """T = ceil(N * keep_ratio); a number, or a fraction in quotes such as "64/576", which is exact."""
+    keep_ratio: Ratio = Fraction(1, 2)
+    """T = ceil(N * keep_ratio)."""
     prior: Literal["cls", "received"] = "received"
     """Attention that ranks tokens: the [CLS] row, or what each token receives from all others on average."""
     pool_factor: float = Field(1.25, ge=1)
@@ -159,27 +180,19 @@ class TokensSpec(_Spec):
     positions: Literal["original", "contiguous"] = "original"
     """Position ids of kept tokens in the language model: where they were, or 0..T-1. The paper leaves it open."""
 
-    @field_validator("keep_ratio", mode="before")
-    @classmethod
-    def _as_fraction(cls, value: Any) -> Fraction:
-        if isinstance(value, bool) or not isinstance(value, (int, float, str, Fraction)):
-            raise ValueError('expected a number or a fraction in quotes such as "1/2"')
-        # Text is matched first: Fraction would spend minutes on "1e-99999999".
-        if isinstance(value, str) and not re.fullmatch(r"\s*\d{1,9}(\.\d{0,9}|/\d{1,9})?\s*", value):
-            raise ValueError(f'{value!r:.40} is not a number or a fraction such as "1/2"')
-        try:
-            ratio = Fraction(str(value))
-        except (ValueError, ZeroDivisionError):
-            raise ValueError(f'{value!r:.40} is not a number or a fraction such as "1/2"') from None
-        if isinstance(value, float):
-            ratio = ratio.limit_denominator(10_000)
-        if not 0 < ratio <= 1:
-            raise ValueError(f"{value} is outside (0, 1]: keep at least one token and at most all")
-        return ratio
+class DecoderSpec(_Spec):
+    """Stage 2: visual tokens dropped between two layers of the language model (paper B, section 3.2).
 
-    @pydantic.field_serializer("keep_ratio")
-    def _as_text(self, value: Fraction) -> str:
-        return str(value)
+    ``random`` is its control; ``fastv``, ``pyramiddrop`` and ``sparsevlm`` are published methods to compare with.
+    """
+
+    method: Literal["none", "infoprune", "random", "fastv", "pyramiddrop", "sparsevlm"] = "none"
+    layer: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """K, from 0: attention in this layer ranks the tokens, and the layers behind it see the kept ones. The paper has 15
+    of 32 for LLaVA-7B and 13 of 28 for Qwen2.5-VL-7B. Auto: where the paper's saturation signals settle on the
+    calibration images; the published methods take their own layers, scaled to the model's depth."""
+    keep_ratio: Ratio = Fraction(1, 3)
+    """R2, of the visual tokens that enter the language model."""
 
 
 class ExportSpec(_Spec):
@@ -273,6 +286,7 @@ class Recipe(_Spec):
     ffn: FfnSpec = FfnSpec()
     refit: RefitSpec = RefitSpec()
     tokens: TokensSpec = TokensSpec()
+    decoder: DecoderSpec = DecoderSpec()
     export: ExportSpec = ExportSpec()
     engine: EngineSpec = EngineSpec()
     validate_: ValidateSpec = Field(ValidateSpec(), alias="validate")
