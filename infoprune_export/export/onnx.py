@@ -4,7 +4,7 @@ Stages of `export_onnx`:
 
 1. `VisionEncoder` puts tower, selection and projector behind one ``forward`` on planned tensors.
 2. ``torch.onnx.export`` traces it in the dtype of its weights, with every extent dynamic that varies between images;
-   the selection becomes one ``infoprune::TokenSelect`` node. Rotary angles, RMSNorm's mean square, the token prior and
+   the prior and the selection become one ``infoprune::ReceivedAttention`` and one ``infoprune::TokenSelect`` node. Rotary angles, RMSNorm's mean square, the token prior and
    the selection are fp32 in every dtype, because the PyTorch code says so; LayerNormalization is by its definition.
 3. Stack traces with local paths are removed from the graph, and the operator's function body is attached.
 4. The file is written, weights beside it, and checked by onnx.
@@ -69,7 +69,7 @@ def export_module(
     assert program is not None
     _simplify(program.model)
     widen_convolutions(program.model)
-    operator.attach_body(program.model)
+    operator.attach_bodies(program.model)
     program.save(folder / MODEL, external_data=True)
     onnx.checker.check_model(folder / MODEL, full_check=True)
 

@@ -97,3 +97,37 @@ def attend_packed(fused: Tensor, segments: Segments | None) -> Tensor:
     gathered = F.embedding(segments.index, fused.flatten(1)).unflatten(2, fused.shape[1:]).permute(2, 0, 3, 1, 4)
     out = F.scaled_dot_product_attention(gathered[0], gathered[1], gathered[2], attn_mask=segments.mask)
     return out.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, segments.inverse)
+
+
+@torch.library.custom_op("infoprune::received_attention", mutates_args=())
+def received_attention(query: Tensor, key: Tensor, row_weight: Tensor, key_bias: Tensor, scale: float) -> Tensor:
+    """Attention that every key receives, fp32 [B, S]: the mean over heads of sum_r w_r softmax(scale q_r k^T + bias).
+
+    The scores of all rows together would be P x P per head, 4 GiB at 16k patches and 4 heads; they are made and summed
+    a few rows at a time.
+
+    Args:
+        query: [B, R, H, head_dim], any floating dtype.
+        key: [B, S, H, head_dim].
+        row_weight: weight of each query, fp32 [B, R]; 1/R for a mean, zero for padding.
+        key_bias: added to the scores of each key, fp32 [B, S]; the lowest number for padding.
+        scale: head_dim ** -0.5.
+    """
+    batch, size, heads, _ = key.shape
+    wide, keys = query.float().transpose(1, 2), key.float().permute(0, 2, 3, 1)
+    received = torch.zeros(batch, size, dtype=torch.float32, device=key.device)
+    for rows, weight in zip(
+        wide.split(step := max(1, _SCORES // (batch * heads * size)), dim=2), row_weight.split(step, dim=1), strict=True
+    ):
+        attention = (rows @ keys * scale + key_bias[:, None, None, :]).softmax(dim=-1)
+        received = received + torch.einsum("br,bhrs->bs", weight, attention)
+    return received / heads
+
+
+@received_attention.register_fake
+def _(query: Tensor, key: Tensor, row_weight: Tensor, key_bias: Tensor, scale: float) -> Tensor:
+    return key.new_empty(key.shape[:2], dtype=torch.float32)
+
+
+_SCORES = 2**25
+"""Attention scores that `received_attention` holds at a time, 128 MiB."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from infoprune_export.errors import InfopruneError
-from infoprune_export.models.attention import Context
+from infoprune_export.models.attention import Context, received_attention
 from infoprune_export.models.tower import (
     Activations,
     Block,
@@ -117,12 +117,21 @@ class LlavaTower(VisionTower):
     def visual_tokens(self, activations: Activations, planned: Planned) -> Tensor:
         return activations.last[:, self._special :]
 
-    def attention_prior(self, activations: Activations, context: Context, planned: Planned, kind: Prior) -> Tensor:
-        block = self.require_attention()
-        query, key, _ = block.query_key_value(block.normalised(activations.before_last), context)
+    def attention_prior(
+        self, activations: Activations, context: Context, planned: Planned, kind: Prior, block: int = -1
+    ) -> Tensor:
+        chosen, query, key = self._attending(activations, context, block)
         rows = query[:, :1] if kind == "cls" else query[:, self._special :]
-        scores = rows.transpose(1, 2).float() @ key.permute(0, 2, 3, 1).float() * block.head_dim**-0.5
-        return scores.softmax(dim=-1).mean(dim=(1, 2))[:, self._special :]
+        weight = torch.ones_like(rows[..., 0, 0], dtype=torch.float32) / rows.shape[1]
+        bias = torch.zeros_like(key[..., 0, 0], dtype=torch.float32)
+        return received_attention(rows, key, weight, bias, chosen.head_dim**-0.5)[:, self._special :]
+
+    def attention_keys(self, activations: Activations, context: Context, planned: Planned) -> Tensor:
+        _, _, key = self._attending(activations, context, -1)
+        return key.mean(dim=2)[:, self._special :]
+
+    def token_grids(self, planned: Planned) -> list[tuple[int, int]]:
+        return [(self.side, self.side)] * len(planned["pixel_values"])
 
     def project(self, tokens: Tensor) -> Tensor:
         return self._projector(tokens)

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from infoprune_export.errors import InfopruneError
@@ -87,17 +89,24 @@ class LlavaNextTower(LlavaTower):
             order = self._order(size)
             orders.append(torch.where(order == _NEWLINE, newline, order + start))
             start += len(tiles) * self.side**2
-        order = torch.cat(orders).to(inputs["pixel_values"].device)
-        planned = {"pixel_values": torch.cat(pixels)}
+        planned, device = {"pixel_values": torch.cat(pixels)}, inputs["pixel_values"].device
         if not form.selecting:
-            return {**planned, "token_order": order}
-        places = (order != newline).nonzero().flatten()
-        return {**planned, "token_order": order[places], "token_places": places}
+            return {**planned, "token_order": torch.cat(orders).to(device)}
+        # Newlines are no candidates.
+        places = [(order != newline).nonzero().flatten() for order in orders]
+        pairs = zip(orders, places, strict=True)
+        packed = {"token_order": pad_sequence([order[place] for order, place in pairs], batch_first=True)}
+        packed["token_places"] = pad_sequence(places, batch_first=True)
+        packed["token_counts"] = torch.tensor([len(place) for place in places])
+        return {**planned, **{name: value.to(device) for name, value in packed.items()}}
 
     def dynamic_shapes(self, form: Form) -> dict[str, dict[int, Any]]:
-        tokens = torch.export.Dim("tokens", min=2)
-        shapes = {"pixel_values": {0: torch.export.Dim("tiles", min=2)}, "token_order": {0: tokens}}
-        return {**shapes, "token_places": {0: tokens}} if form.selecting else shapes
+        pixels, tokens = {0: torch.export.Dim("tiles", min=2)}, torch.export.Dim("tokens", min=2)
+        if not form.selecting:
+            return {"pixel_values": pixels, "token_order": {0: tokens}}
+        images = {0: torch.export.Dim("images", min=1)} if form.several else {}
+        packed = {"token_order": {**images, 1: tokens}, "token_places": {**images, 1: tokens}, "token_counts": images}
+        return {"pixel_values": pixels, **packed}
 
     def example_inputs(self, images: int, generator: torch.Generator) -> dict[str, Tensor]:
         # One image fills its grid, the next is padded at the sides, the next above and below.
@@ -115,12 +124,23 @@ class LlavaNextTower(LlavaTower):
     # ── Running ──
 
     def visual_tokens(self, activations: Activations, planned: Planned) -> Tensor:
-        tokens = super().visual_tokens(activations, planned).flatten(0, 1)
-        return tokens[planned["token_order"]][None]
+        return self._ordered(super().visual_tokens(activations, planned), planned)
 
-    def attention_prior(self, activations: Activations, context: Context, planned: Planned, kind: Prior) -> Tensor:
-        prior = super().attention_prior(activations, context, planned, kind).flatten()
-        return prior[planned["token_order"]][None]
+    def attention_prior(
+        self, activations: Activations, context: Context, planned: Planned, kind: Prior, block: int = -1
+    ) -> Tensor:
+        prior = super().attention_prior(activations, context, planned, kind, block)
+        return self._ordered(prior[..., None], planned)[..., 0]
+
+    def attention_keys(self, activations: Activations, context: Context, planned: Planned) -> Tensor:
+        return self._ordered(super().attention_keys(activations, context, planned), planned)
+
+    def token_grids(self, planned: Planned) -> list[tuple[int, int]]:
+        return [(1, int(count)) for count in planned["token_counts"]]
+
+    def _ordered(self, per_tile: Tensor, planned: Planned) -> Tensor:
+        """Values of all tiles' tokens [tiles, side^2, E] as rows of images [B, N, E]."""
+        return F.embedding(planned["token_order"], per_tile.flatten(0, 1))
 
     def assemble(self, activations: Activations, planned: Planned) -> Tensor:
         tokens = self.project(super().visual_tokens(activations, planned)).flatten(0, 1)
@@ -128,4 +148,4 @@ class LlavaNextTower(LlavaTower):
         return torch.cat([tokens, newline])[planned["token_order"]][None]
 
     def kept_positions(self, kept: Tensor, planned: Planned) -> Tensor:
-        return planned["token_places"][kept]
+        return planned["token_places"].gather(1, kept)

@@ -70,6 +70,16 @@ def bilinear_places(grids: Sequence[Grid], merge: int, side: int) -> tuple[Index
     return np.concatenate(indices), np.concatenate(weights)
 
 
+def image_tokens(grids: Sequence[Grid], merge: int) -> tuple[Index, Index]:
+    """Which of all visual tokens belong to each image, int64 [B, N] of the largest image, and how many do, int64 [B].
+
+    Behind an image's own tokens its last one is repeated.
+    """
+    counts = np.array([frames * rows * columns // merge**2 for frames, rows, columns in grids])
+    places = np.minimum(np.arange(counts.max()), counts[:, None] - 1)
+    return places + (counts.cumsum() - counts)[:, None], counts
+
+
 def frame_segments(grids: Sequence[Grid]) -> Iterator[Index]:
     """The patches of every frame of every image: what full attention is confined to."""
     start = 0

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from infoprune_export.errors import InfopruneError
 from infoprune_export.models import packing
-from infoprune_export.models.attention import Context, Segments, rotary
+from infoprune_export.models.attention import Context, Segments, received_attention, rotary
 from infoprune_export.models.tower import (
     Activations,
     Block,
@@ -144,6 +144,8 @@ class QwenTower(VisionTower):
             arrays["window_index"], arrays["window_inverse"] = packing.padded_gather(
                 list(packing.window_segments(grids, self.merge, self._window)), (self._window * self.merge) ** 2
             )
+        if form.several and form.selecting:
+            arrays["token_index"], arrays["token_counts"] = packing.image_tokens(grids, self.merge)
         pixels = inputs["pixel_values"]
         return {"pixel_values": pixels, **{k: torch.from_numpy(v).to(pixels.device) for k, v in arrays.items()}}
 
@@ -158,6 +160,9 @@ class QwenTower(VisionTower):
             shapes |= {"frame_index": frames, "frame_inverse": {0: patches}}
         if self._window:
             shapes |= {"window_index": {0: torch.export.Dim("windows", min=1)}, "window_inverse": {0: patches}}
+        if form.several and form.selecting:
+            images = torch.export.Dim("images", min=1)
+            shapes |= {"token_index": {0: images, 1: torch.export.Dim("longest", min=1)}, "token_counts": {0: images}}
         return shapes
 
     def example_inputs(self, images: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -211,19 +216,45 @@ class QwenTower(VisionTower):
         # In the order of the blocks, whatever order the configuration lists them in.
         for place, block in sorted(enumerate(self.tapped), key=lambda pair: pair[1]):
             parts.append(self._visual.deepstack_merger_list[place](activations.taps[block]))
-        return torch.cat(parts, dim=-1)[None]
+        return self._per_image(torch.cat(parts, dim=-1), planned)
 
-    def attention_prior(self, activations: Activations, context: Context, planned: Planned, kind: Prior) -> Tensor:
-        block = self.require_attention()
-        if block.windowed:
-            raise InfopruneError("the last block attends within windows only, so it gives no token prior")
-        query, key, _ = block.query_key_value(block.normalised(activations.before_last), context)
-        received = torch.zeros(query.shape[0], dtype=torch.float32, device=query.device)
-        # One head at a time: the scores are P x P.
-        for head in range(block.num_heads):
-            scores = query[:, head].float() @ key[:, head].float().T * block.head_dim**-0.5
-            received = received + scores.softmax(dim=-1).mean(dim=0)
-        return (received / block.num_heads).view(-1, self.merge**2).mean(dim=1)[None]
+    def attention_prior(
+        self, activations: Activations, context: Context, planned: Planned, kind: Prior, block: int = -1
+    ) -> Tensor:
+        chosen, query, key = self._attending(activations, context, block)
+        frames, scale = context.frames, chosen.head_dim**-0.5
+        if frames is None:
+            bias = torch.zeros_like(key[:, 0, 0], dtype=torch.float32)[None]
+            weight = torch.ones_like(bias) / bias.shape[1]
+            received = received_attention(query[None], key[None], weight, bias, scale)[0]
+        else:
+            rows, columns = (
+                F.embedding(frames.index, part.flatten(1)).unflatten(2, part.shape[1:]) for part in (query, key)
+            )
+            bias = frames.mask[:, 0, 0].float()
+            valid = (bias == 0).float()
+            weight = valid / valid.sum(1, keepdim=True)
+            received = received_attention(rows, columns, weight, bias, scale).flatten().index_select(0, frames.inverse)
+        return self._per_image(received.view(-1, self.merge**2).mean(dim=1, keepdim=True), planned)[..., 0]
+
+    def attention_keys(self, activations: Activations, context: Context, planned: Planned) -> Tensor:
+        _, _, key = self._attending(activations, context, -1)
+        return self._per_image(key.mean(dim=1).unflatten(0, (-1, self.merge**2)).mean(dim=1), planned)
+
+    def token_grids(self, planned: Planned) -> list[tuple[int, int]]:
+        grids, start = [], 0
+        everything = torch.tensor([len(planned["position_ids"]) // self.merge**2])
+        for count in planned.get("token_counts", everything).tolist():
+            patches = count * self.merge**2
+            columns = int(planned["position_ids"][start : start + patches, 1].max()) // self.merge + 1
+            # The frames of a video are rows below rows.
+            grids.append((count // columns, columns))
+            start += patches
+        return grids
+
+    def _per_image(self, packed: Tensor, planned: Planned) -> Tensor:
+        """Values of all visual tokens [N, E] as rows of images; one row without `token_index`."""
+        return F.embedding(planned["token_index"], packed) if "token_index" in planned else packed[None]
 
     def project(self, tokens: Tensor) -> Tensor:
         return tokens

@@ -15,7 +15,7 @@ Three steps lead from images to visual tokens:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -42,7 +42,7 @@ class Form:
     several: bool = True
     """Several images per call. One image needs no segments for full attention, so its graph is faster."""
     selecting: bool = False
-    """Visual tokens are selected. A tower whose images differ in size then takes one image per call."""
+    """Visual tokens are selected. Images of different sizes are then padded to one number of tokens."""
 
 
 @dataclass(frozen=True)
@@ -131,29 +131,47 @@ class VisionTower(ABC):
     def embed(self, planned: Planned) -> tuple[Tensor, Context]:
         """Pixels to the first residual stream, and what the blocks need besides it. S counts special tokens ([CLS])."""
 
-    def run_blocks(self, stream: Tensor, context: Context) -> Activations:
-        """All blocks."""
+    def run_blocks(self, stream: Tensor, context: Context, observed: Collection[int] = ()) -> Activations:
+        """All blocks; the outputs of the `observed` ones are kept besides those of `tapped`."""
         before_last, taps = stream, {}
         for number, block in enumerate(self.blocks):
             before_last = stream
             stream = block.run(stream, context)
-            if number in self.tapped:
+            if number in self.tapped or number in observed:
                 taps[number] = stream
         return Activations(before_last, stream, taps)
 
     @abstractmethod
     def visual_tokens(self, activations: Activations, planned: Planned) -> Tensor:
-        """What selection chooses from, [B, N, E]; B is 1 in a ragged family."""
+        """What selection chooses from, [B, N, E]. Where images differ in size, N is the largest's, see `token_counts`;
+        without selection all images follow each other in one row."""
+
+    def token_counts(self, tokens: Tensor, planned: Planned) -> Tensor:
+        """How many of the `visual_tokens` [B, N, E] of each image are its own, int64 [B]; the rest is padding."""
+        if "token_counts" in planned:
+            return planned["token_counts"]
+        return torch.full((tokens.shape[0],), tokens.shape[1], dtype=torch.long, device=tokens.device)
 
     @abstractmethod
-    def attention_prior(self, activations: Activations, context: Context, planned: Planned, kind: Prior) -> Tensor:
-        """Attention that the last block pays to each visual token, head mean, fp32 [B, N].
+    def attention_prior(
+        self, activations: Activations, context: Context, planned: Planned, kind: Prior, block: int = -1
+    ) -> Tensor:
+        """Attention that a block, by default the last, pays to each visual token, head mean, fp32 [B, N].
 
-        ``cls``: the [CLS] query's row. ``received``: mean over the visual tokens' rows.
+        ``cls``: the [CLS] query's row. ``received``: mean over the visual tokens' rows. For another block than the
+        last, the one in front of it must have been observed.
 
         Raises:
-            InfopruneError: no head is left in the last block, or it attends within windows only.
+            InfopruneError: no head is left in the block, or it attends within windows only.
         """
+
+    @abstractmethod
+    def attention_keys(self, activations: Activations, context: Context, planned: Planned) -> Tensor:
+        """Head-mean keys of the last block for each visual token, [B, N, head_dim]."""
+
+    @abstractmethod
+    def token_grids(self, planned: Planned) -> list[tuple[int, int]]:
+        """Rows and columns of each image's visual tokens, for a call that selects; one row where they form no grid."""
 
     @abstractmethod
     def project(self, tokens: Tensor) -> Tensor:
@@ -188,11 +206,17 @@ class VisionTower(ABC):
     def ffn_shapes(self) -> list[FfnShape]:
         return [block.ffn_shape for block in self.blocks]
 
-    def require_attention(self) -> Block:
-        """The last block, whose attention the token prior is read from."""
-        if not self.blocks[-1].num_heads:
-            raise InfopruneError("the last block has no attention head left, so it gives no token prior; keep one")
-        return self.blocks[-1]
+    def _attending(self, activations: Activations, context: Context, block: int) -> tuple[Block, Tensor, Tensor]:
+        """A block, with its queries and keys [..., H, head_dim]."""
+        number = block % len(self.blocks)
+        stream = activations.before_last if number == len(self.blocks) - 1 else activations.taps[number - 1]
+        chosen = self.blocks[number]
+        if not chosen.num_heads:
+            raise InfopruneError(f"block {number} has no attention head left, so it gives no token prior; keep one")
+        if chosen.windowed:
+            raise InfopruneError(f"block {number} attends within windows only, so it gives no token prior")
+        query, key, _ = chosen.query_key_value(chosen.normalised(stream), context)
+        return chosen, query, key
 
 
 def require(inputs: Mapping[str, Any], *names: str) -> None:

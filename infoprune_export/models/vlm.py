@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -221,9 +221,18 @@ class Prompt:
     """Where the placeholders are, bool [B, L]."""
     deeper: Sequence[Tensor]
     """What Qwen3-VL adds to them behind its first layers, [sum of T, D] each; the rest of the features' width."""
+    last: Tensor
+    """Place of each prompt's last token; a known reply may follow it. int64 [B]."""
 
 
-def _embed(vlm: VLM, rows: Sequence[Sequence[int]], visual: VisualTokens) -> Prompt:
+Decoding = Callable[[VLM, Prompt], contextlib.AbstractContextManager[object]]
+"""What runs around the language model while it reads prompts and answers; see `tokens.decoder.decoding`."""
+
+
+def _embed(
+    vlm: VLM, rows: Sequence[Sequence[int]], visual: VisualTokens, replies: Sequence[int] | None = None
+) -> Prompt:
+    """Rows of token ids as a prompt; the last `replies` ids of each are a known reply."""
     tokenizer = vlm.processor.tokenizer
     length = max(map(len, rows))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -236,7 +245,8 @@ def _embed(vlm: VLM, rows: Sequence[Sequence[int]], visual: VisualTokens) -> Pro
     deeper = (
         features[:, embeds.shape[-1] :].split(embeds.shape[-1], dim=1) if features.shape[1] > embeds.shape[-1] else ()
     )
-    return Prompt(embeds, mask, _position_ids(vlm, rows, visual, mask), placeholders, deeper)
+    last = length - 1 - torch.tensor(replies if replies is not None else [0] * len(rows), device=vlm.device)
+    return Prompt(embeds, mask, _position_ids(vlm, rows, visual, mask), placeholders, deeper, last)
 
 
 @contextlib.contextmanager
@@ -277,13 +287,19 @@ def _position_ids(vlm: VLM, rows: Sequence[Sequence[int]], visual: VisualTokens,
 
 
 @torch.inference_mode()
-def answer(vlm: VLM, visual: VisualTokens, questions: Sequence[str], max_new_tokens: int = 8) -> list[str]:
-    """Greedy answers to one question per image of `visual`."""
+def answer(
+    vlm: VLM,
+    visual: VisualTokens,
+    questions: Sequence[str],
+    max_new_tokens: int = 8,
+    decoder: Decoding | None = None,
+) -> list[str]:
+    """Greedy answers to one question per image of `visual`, within `decoder`."""
     rows = [
         prompt_ids(vlm, question, len(features)) for question, features in zip(questions, visual.features, strict=True)
     ]
     prompt = _embed(vlm, rows, visual)
-    with _deepstack(vlm, prompt):
+    with _deepstack(vlm, prompt), decoder(vlm, prompt) if decoder else contextlib.nullcontext():
         generated = vlm.model.generate(
             inputs_embeds=prompt.embeds,
             attention_mask=prompt.mask,
@@ -296,10 +312,16 @@ def answer(vlm: VLM, visual: VisualTokens, questions: Sequence[str], max_new_tok
     return [text.strip() for text in texts]
 
 
-def answer_loss(vlm: VLM, visual: VisualTokens, questions: Sequence[str], answers: Sequence[str]) -> Tensor:
+def answer_loss(
+    vlm: VLM,
+    visual: VisualTokens,
+    questions: Sequence[str],
+    answers: Sequence[str],
+    decoder: Decoding | None = None,
+) -> Tensor:
     """Mean next-token cross-entropy of the answers, end of sequence included, differentiable in the features.
 
-    One question and answer per image of `visual`.
+    One question and answer per image of `visual`; the language model runs within `decoder`.
     """
     tokenizer = vlm.processor.tokenizer
     rows, lengths = [], []
@@ -307,10 +329,10 @@ def answer_loss(vlm: VLM, visual: VisualTokens, questions: Sequence[str], answer
         reply = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         rows.append([*prompt_ids(vlm, question, len(features)), *reply])
         lengths.append(len(reply))
-    prompt = _embed(vlm, rows, visual)
+    prompt = _embed(vlm, rows, visual, lengths)
     # Rows end together (left padding), so only the tail needs logits.
     tail = max(lengths) + 1
-    with _deepstack(vlm, prompt):
+    with _deepstack(vlm, prompt), decoder(vlm, prompt) if decoder else contextlib.nullcontext():
         logits = vlm.model(
             inputs_embeds=prompt.embeds,
             attention_mask=prompt.mask,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from infoprune_export.errors import InfopruneError
-from infoprune_export.models.tower import Form, Inputs, VisionTower
+from infoprune_export.models.tower import Form, Inputs, Planned, VisionTower
 from infoprune_export.models.vlm import VisualTokens
 from infoprune_export.recipe import TokensSpec
-from infoprune_export.tokens.select import select_and_merge
+from infoprune_export.tokens.selector import METHODS, Candidates
 
 FEATURES, KEPT = "image_features", "kept_indices"
 Outputs = Mapping[str, Tensor]
@@ -22,26 +23,20 @@ def selecting(tokens: TokensSpec | None) -> bool:
 
 
 def form_of(tower: VisionTower, tokens: TokensSpec | None, several: bool | None = None) -> Form:
-    """The graph for a selection; `several` None means several images wherever the family allows it.
+    """The graph for a selection; `several` None means several images wherever that costs nothing.
 
-    Raises:
-        InfopruneError: the family cannot do what is asked.
+    It does where images differ in size and are selected from: the smaller ones are padded.
     """
     select = selecting(tokens)
-    if select and tower.ragged and several:
-        raise InfopruneError(
-            "export.images = 'several' with token selection: images of this family differ in their number of tokens, "
-            "so its encoder selects for one image per call; use 'one' or 'auto', or tokens.method: none"
-        )
-    if several is None:
-        several = not (select and tower.ragged)
-    return Form(several, select)
+    return Form(not (select and tower.ragged) if several is None else several, select)
 
 
 def check_selection(tower: VisionTower, tokens: TokensSpec | None) -> None:
     """Refuse a tokens section that this tower cannot serve, before any work is done."""
     if tokens is None or not selecting(tokens):
         return
+    if tokens.method not in METHODS:
+        raise InfopruneError(f"tokens.method = {tokens.method!r}: there are {', '.join(METHODS)}")
     if tokens.prior not in tower.priors:
         raise InfopruneError(
             f"tokens.prior = {tokens.prior!r}: this tower has no [CLS] token; use {', '.join(tower.priors)}"
@@ -56,7 +51,8 @@ def check_selection(tower: VisionTower, tokens: TokensSpec | None) -> None:
 class VisionEncoder(nn.Module):
     """Planned tensors to image_features [B, T, D_llm] and, with selection, kept_indices int64 [B, T].
 
-    In a ragged family B is 1; without selection the tokens of several images follow each other.
+    Where images differ in size, kept_indices are -1 behind the last token of a smaller one; without selection the
+    tokens of all images follow each other and B is 1.
     """
 
     def __init__(self, tower: VisionTower, tokens: TokensSpec | None, several: bool | None = None) -> None:
@@ -73,12 +69,22 @@ class VisionEncoder(nn.Module):
 
     def forward(self, planned: dict[str, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
         tower = self._tower
-        stream, context = tower.embed(planned)
-        activations = tower.run_blocks(stream, context)
         if self._tokens is None or not self.form.selecting:
-            return tower.assemble(activations, planned)
-        chosen, kept = select_and_merge(tower, self._tokens, activations, context, planned)
-        return tower.project(chosen), tower.kept_positions(kept, planned)
+            stream, context = tower.embed(planned)
+            return tower.assemble(tower.run_blocks(stream, context), planned)
+        selection = METHODS[self._tokens.method].load()(self.candidates(planned), self._tokens)
+        return tower.project(selection.tokens), self._positions(selection.kept, planned)
+
+    def candidates(self, planned: Planned) -> Candidates:
+        """What the recipe's selector sees; for encoders that select."""
+        assert self._tokens is not None
+        stream, context = self._tower.embed(planned)
+        observed = METHODS[self._tokens.method].observes(self._tower)
+        return Candidates(self._tower, self._tower.run_blocks(stream, context, observed), context, planned)
+
+    def _positions(self, kept: Tensor, planned: Planned) -> Tensor:
+        places = self._tower.kept_positions(kept.clamp_min(0), planned)
+        return torch.where(kept < 0, kept, places)
 
     def run(self, planned: dict[str, Tensor]) -> dict[str, Tensor]:
         """`forward` with its outputs named."""
@@ -104,11 +110,15 @@ def encode(
     kept: list[Tensor] = []
     for planned in tower.calls(inputs, form):
         outputs = run(planned)
-        if tower.ragged and form.several:
+        if tower.ragged and form.several and not form.selecting:
             features += outputs[FEATURES][0].split([layout.ids.shape[1] for layout in layouts])
         else:
             features += outputs[FEATURES].unbind(0)
         if form.selecting:
             kept += outputs[KEPT].unbind(0)
+    if form.selecting:
+        # Images that kept fewer tokens than the largest end in padding.
+        features = [feature[: int((k >= 0).sum())] for feature, k in zip(features, kept, strict=True)]
+        kept = [k[k >= 0] for k in kept]
     positions = tokens.positions if tokens is not None else "original"
     return VisualTokens.of(features, layouts, kept if form.selecting else None, contiguous=positions == "contiguous")

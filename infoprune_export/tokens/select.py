@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from infoprune_export.models.tower import Activations, Context, Planned, VisionTower
 from infoprune_export.recipe import TokensSpec
+from infoprune_export.tokens.selector import Candidates, Selection
 
 EPSILON = 1e-5
 _BLOCK = 64
@@ -42,6 +42,7 @@ def pool_count(tokens: int, keep: int, pool_factor: float) -> int:
 def token_select(
     features: Tensor,
     prior: Tensor,
+    counts: Tensor,
     keep_numerator: int,
     keep_denominator: int,
     pool_factor: float = 2.0,
@@ -49,33 +50,43 @@ def token_select(
     exponent: float = 0.5,
     epsilon: float = EPSILON,
 ) -> Tensor:
-    """Ascending indices of the kept tokens, int64 [B, T].
+    """Ascending indices of the kept tokens, int64 [B, T], with T = ceil(N * numerator / denominator).
+
+    An image of n < N tokens keeps ceil(n * numerator / denominator) of them, and -1 fills its row.
 
     Args:
         features: [B, N, D], any floating dtype.
         prior: attention each token receives [B, N], any floating dtype; higher is more important.
-        keep_numerator: with `keep_denominator`, T = ceil(N * numerator / denominator).
+        counts: how many leading tokens of each row belong to the image, int64 [B], 0..N; the rest is never looked at.
+        keep_numerator: with `keep_denominator`, the share that is kept.
         keep_denominator: see `keep_numerator`.
-        pool_factor: alpha; the pool holds the min(N, ceil(alpha T)) tokens of highest prior.
+        pool_factor: alpha; the pool holds the min(n, ceil(alpha T)) tokens of highest prior.
         temperature: tau in q = softmax(a / tau)^gamma_q.
         exponent: gamma_q.
         epsilon: greedy stops at a residual of this fraction of the largest squared norm.
     """
-    tokens = features.shape[1]
-    keep = keep_count(tokens, keep_numerator, keep_denominator)
-    a = _finite(prior)
+    size = features.shape[1]
+    keep = keep_count(size, keep_numerator, keep_denominator)
+    keeps = (counts * keep_numerator + (keep_denominator - 1)) // keep_denominator
+    own = torch.arange(size, device=prior.device) < counts[:, None]
+    a = torch.where(own, _finite(prior), -math.inf)
     q = torch.softmax(a / temperature, dim=-1) ** exponent
-    pool = a.argsort(dim=1, descending=True, stable=True)[:, : pool_count(tokens, keep, pool_factor)]
+    pool = a.argsort(dim=1, descending=True, stable=True)[:, : pool_count(size, keep, pool_factor)]
+    pooled = torch.minimum(counts, (keeps.float() * pool_factor).ceil().long())
+    inside = torch.arange(pool.shape[1], device=prior.device) < pooled[:, None]
     z = _finite(features.gather(1, pool[..., None].expand(-1, -1, features.shape[2])))
-    z = z * q.gather(1, pool).sqrt()[..., None]
+    z = torch.where(inside, q.gather(1, pool).to(z).sqrt(), 0.0)[..., None] * z
     z = z / z.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return pool.gather(1, _pivots(z, keep, epsilon)).sort(dim=1).values
+    kept = pool.gather(1, greedy_pivots(z, inside, keep, epsilon))
+    kept = torch.where(torch.arange(keep, device=kept.device) < keeps[:, None], kept, size).sort(dim=1).values
+    return torch.where(kept == size, -1, kept)
 
 
 @token_select.register_fake
 def _(
     features: Tensor,
     prior: Tensor,
+    counts: Tensor,
     keep_numerator: int,
     keep_denominator: int,
     pool_factor: float = 2.0,
@@ -88,12 +99,16 @@ def _(
 
 
 def _finite(x: Tensor) -> Tensor:
-    """fp32, with zero for NaN and infinity."""
-    return torch.nan_to_num(x.float(), nan=0.0, posinf=0.0, neginf=0.0)
+    """fp32 (fp64 stays), with zero for NaN and infinity."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return torch.nan_to_num(wide, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _pivots(z: Tensor, keep: int, epsilon: float) -> Tensor:
-    """The first `keep` pivots of Cholesky on z z^T, int64 [B, keep]; z [B, M, D] is fp32 and sorted by prior.
+def greedy_pivots(z: Tensor, inside: Tensor, keep: int, epsilon: float) -> Tensor:
+    """The first `keep` pivots of Cholesky on z z^T in their order, int64 [B, keep].
+
+    z [B, M, D] is sorted by prior; of each image's rows only those `inside` (bool [B, M]) can be pivots. Where there
+    are fewer of them than `keep`, what follows them means nothing.
 
     Left-looking inside blocks of 64 pivots, with one matrix product between blocks (LAPACK's pstrf). Once the largest
     residual is at most the threshold it stays there, so the fill needs no branch: saturated rows rank by position.
@@ -103,7 +118,7 @@ def _pivots(z: Tensor, keep: int, epsilon: float) -> Tensor:
     gram = z @ z.transpose(1, 2)
     residual = z.square().sum(-1)
     threshold = epsilon * residual.amax(1, keepdim=True)
-    taken = torch.zeros_like(residual)
+    taken = torch.zeros_like(residual).masked_fill(~inside, -math.inf)
     position = -torch.arange(size, dtype=residual.dtype, device=z.device)
     pivots = []
     for start in range(0, keep, _BLOCK):
@@ -124,41 +139,45 @@ def _pivots(z: Tensor, keep: int, epsilon: float) -> Tensor:
     return torch.stack(pivots, dim=1)
 
 
-def merge_tokens(features: Tensor, kept: Tensor, inertia: float) -> Tensor:
+def merge_tokens(features: Tensor, kept: Tensor, counts: Tensor, inertia: float) -> Tensor:
     """Kept tokens with every dropped token folded into its most cosine-similar one (Algorithm 1, lines 24-33).
 
-    x_s' = (beta x_s + sum of its dropped tokens) / (beta + their number). features [B, N, D], kept [B, T] ascending;
-    returns [B, T, D] in the dtype of `features`. Built from operators that every runtime has: the assignment is a 0/1
-    matrix, so the sums are one matrix product.
+    x_s' = (beta x_s + sum of its dropped tokens) / (beta + their number). features [B, N, D], kept [B, T] ascending
+    and filled with -1, counts [B] as in `token_select`; returns [B, T, D] in the dtype of `features`. Built from
+    operators that every runtime has: the assignment is a 0/1 matrix, so the sums are one matrix product.
     """
     x = features.float()
-    anchors = x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
+    anchors = x.gather(1, kept.clamp_min(0)[..., None].expand(-1, -1, x.shape[2]))
     unit, unit_anchors = F.normalize(x, dim=-1), F.normalize(anchors, dim=-1)
-    nearest = (unit @ unit_anchors.transpose(1, 2)).argmax(-1)
+    missing = torch.where(kept < 0, -2.0, 0.0)[:, None, :]
+    nearest = (unit @ unit_anchors.transpose(1, 2) + missing).argmax(-1)
     positions = torch.arange(x.shape[1], device=x.device)
-    dropped = (kept[:, :, None] != positions).all(1)
+    dropped = (kept[:, :, None] != positions).all(1) & (positions < counts[:, None])
     slots = torch.arange(kept.shape[1], device=x.device)
     assignment = ((nearest[:, None, :] == slots[:, None]) & dropped[:, None, :]).float()
     merged = (inertia * anchors + assignment @ x) / (inertia + assignment.sum(-1, keepdim=True))
     return merged.to(features.dtype)
 
 
-def select_and_merge(
-    tower: VisionTower, spec: TokensSpec, activations: Activations, context: Context, planned: Planned
-) -> tuple[Tensor, Tensor]:
-    """Stage 1 on a tower's activations: kept visual tokens [B, T, E] and their indices [B, T]."""
-    tokens = tower.visual_tokens(activations, planned)
-    prior = tower.attention_prior(activations, context, planned, spec.prior)
-    compared = tokens[..., : tower.selection_width]
+def select_and_merge(candidates: Candidates, spec: TokensSpec) -> Selection:
+    """Stage 1 with a recipe's settings."""
+    compared = candidates.compared
     kept = token_select(
         F.normalize(compared.float(), dim=-1) if spec.normalize else compared,
-        prior,
+        candidates.prior(spec.prior),
+        candidates.counts,
         spec.keep_ratio.numerator,
         spec.keep_ratio.denominator,
         spec.pool_factor,
         spec.temperature,
         spec.exponent,
     )
+    return consolidate(candidates, spec, kept)
+
+
+def consolidate(candidates: Candidates, spec: TokensSpec, kept: Tensor) -> Selection:
+    """The tokens that stand for a choice: with what was dropped merged in, or as they are."""
+    tokens = candidates.tokens
     if spec.merge:
-        return merge_tokens(tokens, kept, spec.inertia), kept
-    return tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2])), kept
+        return Selection(merge_tokens(tokens, kept, candidates.counts, spec.inertia), kept)
+    return Selection(tokens.gather(1, kept.clamp_min(0)[..., None].expand(-1, -1, tokens.shape[2])), kept)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from infoprune_export.data.vqa import Sample, vqa_accuracy
 from infoprune_export.models.calibration import batches, inputs_of
-from infoprune_export.models.vlm import VLM, VisualTokens, answer
+from infoprune_export.models.vlm import VLM, Decoding, VisualTokens, answer
 
 Encode = Callable[[dict[str, torch.Tensor]], VisualTokens]
 """Tower inputs to what the language model sees."""
@@ -38,14 +38,19 @@ def collect_answers(
     *,
     batch_size: int = 16,
     on_batch: Callable[[int], None] = lambda images: None,
+    decoder: Decoding | None = None,
 ) -> list[list[str]]:
-    """Greedy answers, per sample and question. Every image is encoded once for all its questions."""
+    """Greedy answers, per sample and question. Every image is encoded once for all its questions.
+
+    The language model runs within `decoder`, one block per batch.
+    """
     answers: list[list[str]] = []
     for batch in batches(samples, batch_size):
         with torch.inference_mode():
             visual = encode(inputs_of(vlm, batch))
         rows = [row for row, sample in enumerate(batch) for _ in sample.questions]
-        texts = answer(vlm, visual.rows(rows), [question.text for sample in batch for question in sample.questions])
+        questions = [question.text for sample in batch for question in sample.questions]
+        texts = answer(vlm, visual.rows(rows), questions, decoder=decoder)
         for sample in batch:
             answers.append(texts[: len(sample.questions)])
             texts = texts[len(sample.questions) :]

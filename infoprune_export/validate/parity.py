@@ -21,6 +21,8 @@ from infoprune_export.recipe import Recipe, TokensSpec
 from infoprune_export.rewrite.surgery import ATTENTION_OUT, FFN_IN, FFN_OUT
 from infoprune_export.tokens.encoder import FEATURES, KEPT, VisionEncoder
 from infoprune_export.tokens.reference import replay
+from infoprune_export.tokens.select import consolidate, keep_count
+from infoprune_export.tokens.selector import Candidates
 
 
 @dataclass(frozen=True)
@@ -159,27 +161,30 @@ def encoder_parity(
 ) -> Parity:
     """Compare an engine with the tower in PyTorch, fp32, on a processor's outputs, in as many calls as its form needs.
 
-    With selection, kept indices are judged by replay (unless `replay_tolerance` is None), and features on the tokens
-    that both kept: elsewhere the outputs belong to different tokens. In fp32 a token counts only on images where both
-    kept exactly the same, because what is merged into it depends on all of them.
+    With selection, kept indices are judged by replay (unless `replay_tolerance` is None), and features against what
+    PyTorch makes of the engine's own choice. Left out are kept tokens that a dropped one is merged into by a hair's
+    breadth: in another precision it may go to its neighbour, which is as right.
     """
     encoder, run = VisionEncoder(tower, tokens, several), through(engine)
     expected, actual, worst = [], [], None
     with torch.inference_mode():
         for planned in tower.calls(inputs, encoder.form):
-            ours, theirs = encoder.run(planned), run(planned)
+            theirs = run(planned)
             if not encoder.form.selecting:
-                expected.append(ours[FEATURES].flatten(0, -2))
+                expected.append(encoder.run(planned)[FEATURES].flatten(0, -2))
                 actual.append(theirs[FEATURES].flatten(0, -2))
                 continue
+            candidates = encoder.candidates(planned)
+            chosen = _places(candidates, theirs[KEPT])
             if replay_tolerance is not None:
-                worst = max(worst or 0.0, _suboptimality(tower, tokens, planned, theirs[KEPT]))
-            for image in range(len(ours[KEPT])):
-                mine, other = ours[KEPT][image], theirs[KEPT][image]
-                if replay_tolerance is not None and not torch.equal(mine, other):
-                    continue
-                expected.append(ours[FEATURES][image][torch.isin(mine, other)])
-                actual.append(theirs[FEATURES][image][torch.isin(other, mine)])
+                worst = max(worst or 0.0, _suboptimality(candidates, tokens, chosen))
+            if chosen is None:
+                expected.append(torch.zeros(1))
+                actual.append(torch.empty(0))
+                continue
+            certain = _certainly_merged(candidates, chosen, min(tolerance, _MARGIN)) if tokens.merge else chosen >= 0
+            expected.append(tower.project(consolidate(candidates, tokens, chosen).tokens)[certain])
+            actual.append(theirs[FEATURES][certain] if theirs[FEATURES].shape[:2] == chosen.shape else torch.empty(0))
     labels: dict[str, Any] = {"step": step, "case": case, "tolerance": tolerance, "min_cosine": min_cosine}
     if worst is not None:
         labels |= {"kept_suboptimality": worst, "replay_tolerance": replay_tolerance}
@@ -190,17 +195,45 @@ def encoder_parity(
     return compare(torch.cat(expected).numpy(), candidate, **labels)
 
 
-def _suboptimality(tower: VisionTower, tokens: TokensSpec, planned: Mapping[str, Tensor], kept: Tensor) -> float:
-    """Worst replay over the images of one call; `kept` [B, T] are indices into each image's positions."""
-    stream, context = tower.embed(planned)
-    activations = tower.run_blocks(stream, context)
-    visible = tower.visual_tokens(activations, planned)[..., : tower.selection_width]
-    prior = tower.attention_prior(activations, context, planned, tokens.prior).numpy()
-    candidates = (F.normalize(visible, dim=-1) if tokens.normalize else visible).numpy()
-    # Back from positions to places among the candidates.
-    places = tower.kept_positions(torch.arange(visible.shape[1])[None], planned)[0]
-    chosen = torch.searchsorted(places, kept.contiguous()).numpy()
-    return max(
-        replay(candidates[i], prior[i], chosen[i], tokens.pool_factor, tokens.temperature, tokens.exponent)
-        for i in range(len(chosen))
-    )
+_MARGIN = 1e-2
+"""Lead in cosine similarity, at most, by which a merge counts as certain."""
+
+
+def _places(candidates: Candidates, kept: Tensor) -> Tensor | None:
+    """An engine's kept positions [B, T] as indices of candidates, -1 as it was; None if some are no candidates."""
+    counts = candidates.counts
+    everything = torch.arange(candidates.tokens.shape[1]).expand(len(counts), -1)
+    positions = candidates.tower.kept_positions(everything, candidates.planned)
+    positions = positions.masked_fill(everything >= counts[:, None], torch.iinfo(torch.int64).max)
+    places = torch.searchsorted(positions, kept.clamp_min(0).contiguous()).clamp_max(positions.shape[1] - 1)
+    if len(kept) != len(counts) or not torch.equal(positions.gather(1, places), kept.clamp_min(0)):
+        return None
+    return torch.where(kept < 0, kept, places)
+
+
+def _suboptimality(candidates: Candidates, tokens: TokensSpec, chosen: Tensor | None) -> float:
+    """Worst replay over the images of one call; the worst there is for tokens that are none, or of a wrong number."""
+    if chosen is None:
+        return 1.0
+    compared = candidates.compared
+    features = (F.normalize(compared, dim=-1) if tokens.normalize else compared).numpy()
+    prior = candidates.prior(tokens.prior).numpy()
+    ratio, worst = tokens.keep_ratio, 0.0
+    for i, count in enumerate(candidates.counts.tolist()):
+        kept = chosen[i][chosen[i] >= 0].numpy()
+        if len(kept) != keep_count(count, ratio.numerator, ratio.denominator):
+            return 1.0
+        settings = (tokens.pool_factor, tokens.temperature, tokens.exponent)
+        worst = max(worst, replay(features[i, :count], prior[i, :count], kept, *settings))
+    return worst
+
+
+def _certainly_merged(candidates: Candidates, chosen: Tensor, margin: float) -> Tensor:
+    """Kept tokens, bool [B, T], for which every dropped token is clearly nearer or clearly farther than its rivals."""
+    unit = F.normalize(candidates.tokens, dim=-1)
+    anchors = unit.gather(1, chosen.clamp_min(0)[..., None].expand(-1, -1, unit.shape[2]))
+    similar = (unit @ anchors.transpose(1, 2)).masked_fill((chosen < 0)[:, None, :], -torch.inf)
+    rivals = similar > similar.amax(2, keepdim=True) - margin
+    own = torch.arange(unit.shape[1]) < candidates.counts[:, None]
+    undecided = (rivals.sum(2) > 1) & own & (chosen[:, None, :] != torch.arange(unit.shape[1])[:, None]).all(2)
+    return (chosen >= 0) & ~(rivals & undecided[..., None]).any(1)
