@@ -21,6 +21,7 @@ from PIL import Image
 
 from infoprune_export import __version__
 from infoprune_export.cli import main
+from infoprune_export.cli.group import read
 from infoprune_export.data import testbed
 from infoprune_export.recipe import Recipe, assets
 
@@ -123,9 +124,7 @@ def test_every_command_has_help_with_examples_that_parse(name):
         command = main.commands[verb]
         with command.make_context(verb, arguments) as context:
             if "recipe" in context.params:
-                from infoprune_export.cli import _recipe
-
-                _recipe(context.params["recipe"], context.params["overrides"], context.params["device"])
+                read(context.params["recipe"], context.params["overrides"], context.params["device"])
 
 
 def test_the_help_lists_every_command_with_a_sentence():

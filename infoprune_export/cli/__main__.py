@@ -1,0 +1,3 @@
+from infoprune_export.cli import main
+
+main()

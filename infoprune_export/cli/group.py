@@ -1,0 +1,123 @@
+"""What all commands share: the group and its exit codes, the options of a recipe, and the run brought up to date."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from infoprune_export import __version__
+from infoprune_export.errors import InfopruneError
+
+if TYPE_CHECKING:
+    from infoprune_export.recipe import Recipe
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class _Group(click.Group):
+    """Prints user errors as one line and ends with the documented exit codes."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InfopruneError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("interrupted; run the same command again to resume", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="infoprune-export")
+def main() -> None:
+    """Compress the vision encoder of a vision-language model, export it, and prove it equal enough.
+
+    Every command that takes a RECIPE brings the run up to its stage: what is up to date stays, the rest is made. Exit
+    codes: 0 done (and the verdict, if there is one, is PASS), 1 the verdict is FAIL, 2 a mistake in the input or the
+    environment, 130 interrupted.
+    """
+
+
+# ── Options ──────────────────────────────────────────────────────────────────
+
+
+def takes_recipe(command: Command) -> Command:
+    """RECIPE, --set, --output, --device, --force."""
+    for decorate in reversed(
+        (
+            click.argument("recipe"),
+            click.option(
+                "--set",
+                "overrides",
+                multiple=True,
+                metavar="KEY=VALUE",
+                help="Override a recipe key, for example heads.remove=0.25. Repeatable.",
+            ),
+            click.option(
+                "--output",
+                "-o",
+                type=click.Path(path_type=Path),
+                help="Folder of the run. [default: runs/NAME of the recipe]",
+            ),
+            click.option(
+                "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute; overrides the recipe."
+            ),
+            click.option("--force", is_flag=True, help="Make this command's stage again even if it is up to date."),
+        )
+    ):
+        command = decorate(command)
+    return command
+
+
+def read(recipe: str, overrides: tuple[str, ...], device: str | None) -> Recipe:
+    from infoprune_export.recipe import load_recipe
+
+    return load_recipe(recipe, [*overrides, *([f"device={device}"] if device else [])])
+
+
+def bring_up_to(
+    last: str, recipe: str, overrides: tuple[str, ...], output: Path | None, device: str | None, force: bool
+) -> Path:
+    """Load the recipe, then bring its run up to stage `last`; returns the stage's folder."""
+    checked = read(recipe, overrides, device)
+    quiet_libraries()
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from infoprune_export.pipeline import Run, execute
+    from infoprune_export.stages import STAGES, check_everything
+
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        run = Run(checked, output or Path("runs") / checked.name, progress)
+        check_everything(run)
+        return execute(run, STAGES, last, force=force)
+
+
+def quiet_libraries() -> None:
+    """Their progress bars and advice would break ours; errors still reach the user as exceptions."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.filterwarnings("ignore")
+    import torch.onnx  # noqa: F401  (sets its loggers' levels when it is imported, so ours come after)
+    from transformers.utils import logging as hf_logging
+
+    for name in ("torch.onnx", "torch.onnx._internal.exporter._registration", "torch.export", "onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()

@@ -1,0 +1,181 @@
+"""Commands that take a recipe's run through its stages."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from infoprune_export.cli.group import bring_up_to, main, quiet_libraries, read, takes_recipe
+
+
+@main.command()
+@takes_recipe
+def run(**options: Any) -> None:
+    """Run a whole recipe, from the model to the report, and end with its verdict.
+
+    \b
+    Example:
+      infoprune-export run quickstart --set heads.remove=0.25
+    """
+    folder = bring_up_to("report", **options)
+    click.echo(f"report: {folder / 'report.html'}")
+    _end_with_verdict(folder.parent / "validation")
+
+
+@main.command("train-gates")
+@takes_recipe
+def train_gates(**options: Any) -> None:
+    """Train attention-head gates and choose the heads that stay.
+
+    \b
+    Example:
+      infoprune-export train-gates quickstart --set heads.method=paper
+    """
+    click.echo(bring_up_to("heads", **options))
+
+
+@main.command("compress-ffn")
+@takes_recipe
+def compress_ffn(**options: Any) -> None:
+    """Compress the feed-forward networks, on top of the pruned heads.
+
+    \b
+    Example:
+      infoprune-export compress-ffn quickstart --set ffn.keep_macs=0.25
+    """
+    click.echo(bring_up_to("ffn", **options))
+
+
+@main.command()
+@takes_recipe
+def rewrite(**options: Any) -> None:
+    """Write the smaller model as a Hugging Face checkpoint.
+
+    \b
+    Example:
+      infoprune-export rewrite quickstart --output runs/small
+    """
+    click.echo(bring_up_to("checkpoint", **options))
+
+
+@main.command()
+@takes_recipe
+def export(**options: Any) -> None:
+    """Export vision encoder, token selection and projector as one ONNX graph.
+
+    \b
+    Example:
+      infoprune-export export quickstart --set tokens.keep_ratio=2/9
+    """
+    click.echo(bring_up_to("onnx", **options) / "compressed")
+
+
+@main.command()
+@takes_recipe
+@click.option("--target", metavar="NAME", help="Target of engines/targets, or a file; overrides the recipe.")
+def build(target: str | None, overrides: tuple[str, ...], **options: Any) -> None:
+    """Build the engine for a target machine.
+
+    \b
+    Example:
+      infoprune-export build quickstart --target onnxruntime-cpu
+    """
+    chosen = (f"engine.target={target}",) if target else ()
+    click.echo(bring_up_to("engine", overrides=overrides + chosen, **options))
+
+
+@main.command()
+@takes_recipe
+def validate(**options: Any) -> None:
+    """Compare original, compressed, ONNX and engine, and end with the verdict.
+
+    \b
+    Example:
+      infoprune-export validate quickstart --set validate.max_accuracy_drop=2
+    """
+    folder = bring_up_to("validation", **options)
+    from infoprune_export.console import print_validation
+
+    print_validation(folder)
+    _end_with_verdict(folder)
+
+
+@main.command()
+@takes_recipe
+@click.option("--real-size", is_flag=True, help="Time CLIP-L/336 with random weights at the recipe's budgets instead.")
+def bench(real_size: bool, **options: Any) -> None:
+    """Measure latency, original against compressed, interleaved in one run.
+
+    \b
+    Example:
+      infoprune-export bench quickstart --force
+      infoprune-export bench quickstart --real-size
+    """
+    if real_size:
+        _bench_real_size(**options)
+        return
+    from infoprune_export.console import print_bench
+
+    folder = bring_up_to("bench", **options)
+    print_bench(json.loads((folder / "bench.json").read_text(encoding="utf-8")))
+
+
+@main.command()
+@takes_recipe
+def report(**options: Any) -> None:
+    """Write the HTML report of a run.
+
+    \b
+    Example:
+      infoprune-export report quickstart
+    """
+    click.echo(bring_up_to("report", **options) / "report.html")
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--schema", is_flag=True, help="Print the JSON schema of recipes.")
+def recipes(name: str | None, schema: bool) -> None:
+    """List the shipped recipes, or print one.
+
+    \b
+    Example:
+      infoprune-export recipes quickstart > mine.yaml
+    """
+    from infoprune_export.recipe import Recipe, assets, find_asset, load_recipe
+
+    if schema:
+        click.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+    elif name is not None:
+        load_recipe(name)
+        click.echo(find_asset("recipes", name).read_text(encoding="utf-8"), nl=False)
+    else:
+        for stem, path in assets("recipes").items():
+            click.echo(f"{stem:<24} {load_recipe(path).description}")
+
+
+# ── Helpers ───────────────────────────────────────────────────────────────────
+
+
+def _end_with_verdict(validation: Path) -> None:
+    verdict = json.loads((validation / "validation.json").read_text(encoding="utf-8"))["verdict"]
+    click.echo(f"verdict: {verdict}")
+    sys.exit(0 if verdict == "PASS" else 1)
+
+
+def _bench_real_size(
+    recipe: str, overrides: tuple[str, ...], output: Path | None, device: str | None, force: bool
+) -> None:
+    checked = read(recipe, overrides, device)
+    quiet_libraries()
+    from infoprune_export.console import print_bench, print_selection
+    from infoprune_export.recipe import load_target
+    from infoprune_export.validate.real_size import bench_real_size
+
+    result = bench_real_size(checked, load_target(checked.engine.target))
+    print_bench(result)
+    print_selection(result["selection"])
