@@ -38,6 +38,7 @@ from infoprune_export.errors import InfopruneError
 from infoprune_export.recipe import ModelSpec, Recipe, Target, load_target
 
 if TYPE_CHECKING:
+    import torch
     from rich.progress import Progress
 
     from infoprune_export.data.dataset import Split
@@ -122,12 +123,14 @@ class Run:
         return advance
 
 
-def load_vlm(spec: ModelSpec, device: str) -> VLM:
-    """`models.vlm.load`, which with `rewrite.checkpoint` imported reads pruned checkpoints too."""
+def load_vlm(spec: ModelSpec, device: str, dtype: torch.dtype | None = None) -> VLM:
+    """`models.vlm.load`, which with `rewrite.checkpoint` imported reads pruned checkpoints too; fp32 by default."""
+    import torch
+
     import infoprune_export.rewrite.checkpoint  # noqa: F401
     from infoprune_export.models.vlm import load
 
-    return load(spec, device)
+    return load(spec, device, dtype or torch.float32)
 
 
 def execute(run: Run, stages: Mapping[str, Stage], last: str, *, force: bool = False) -> Path:

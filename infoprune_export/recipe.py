@@ -157,24 +157,47 @@ class RefitSpec(_Spec):
 class TokensSpec(_Spec):
     """Stage 1 visual-token selection (paper B, section 3.1 and Algorithm 1).
 
-    The paper's own setting is ``prior: cls, normalize: false, pool_factor: 2, positions: contiguous``; the defaults
-    differ where it was measured to lose accuracy on the testbed.
+    The paper's own setting is ``prior: cls, quality: softmax, exponent: 0.5, normalize: false, merge_above: -1,
+    positions: contiguous``; the defaults differ where it was measured to lose accuracy on the testbeds.
     """
 
-    method: Literal["infoprune", "none"] = "infoprune"
+    method: Literal[
+        "infoprune",
+        "none",
+        "random",
+        "stride",
+        "pool",
+        "downsample",
+        "fastervlm",
+        "visionzip",
+        "divprune",
+        "cdpruner",
+        "vscan",
+    ] = "infoprune"
+    """``infoprune`` alone can be exported. The others are to compare with, in PyTorch, and take from here `keep_ratio`
+    and `positions` only: the controls ``random``, ``stride`` (uniform over the raster), ``pool`` (means over the grid)
+    and ``downsample`` (a smaller image); ``fastervlm`` and ``visionzip`` (the tower's attention), ``vscan`` (attention
+    of a shallow block and the last), ``divprune`` and ``cdpruner`` (diversity; the latter without text relevance)."""
     keep_ratio: Ratio = Fraction(1, 2)
     """T = ceil(N * keep_ratio)."""
-    prior: Literal["cls", "received"] = "received"
-    """Attention that ranks tokens: the [CLS] row, or what each token receives from all others on average."""
-    pool_factor: float = Field(1.25, ge=1)
-    """alpha: the greedy step chooses among the ceil(alpha T) tokens with the highest prior; 2 in the paper."""
+    prior: Literal["cls", "received", "value"] = "value"
+    """Attention that ranks tokens: the [CLS] row, what each token receives from all others on average, or that times
+    the norm of its value: what it contributes to the others."""
+    pool_factor: float = Field(2.0, ge=1)
+    """alpha: the greedy step chooses among the ceil(alpha T) tokens with the highest prior."""
+    quality: Literal["power", "softmax"] = "power"
+    """q in Z = sqrt(q) x, from the prior a: (a / max a)^exponent, or the paper's softmax(a / temperature)^exponent,
+    which is as good as constant, because attention to one of hundreds of tokens is far smaller than the temperature."""
+    exponent: float = Field(1.0, ge=0)
+    """gamma_q; 0.5 in the paper."""
     temperature: float = Field(0.7, gt=0)
-    exponent: float = Field(0.5, ge=0)
-    """gamma_q."""
+    """tau of ``softmax``."""
     normalize: bool = True
     """Select on unit-length features, so that novelty counts and length does not."""
     merge: bool = True
-    """Fold every dropped token into the kept token it is most similar to."""
+    """Fold dropped tokens into the kept token each is most similar to."""
+    merge_above: float = Field(0.8, ge=-1, le=1)
+    """Only those with at least this cosine similarity; the paper merges all, which costs accuracy at small budgets."""
     inertia: float = Field(1.0, gt=0)
     """Weight of the kept token in its merge; the paper leaves it open."""
     positions: Literal["original", "contiguous"] = "original"
@@ -340,6 +363,16 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe = _check(Recipe, tree, path)
     for variant in recipe.variants:
         variant_of(recipe, variant)
+    return recipe
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe as a run's folder records it.
+
+    Raises:
+        InfopruneError: see `load_recipe`.
+    """
+    recipe: Recipe = _check(Recipe, _read_mapping(path), path)
     return recipe
 
 

@@ -161,16 +161,16 @@ def _rename(node: onnx.NodeProto, names: dict[str, str]) -> None:
     node.input[:] = [fresh(name) for name in node.input]
     node.name = ""
     for attribute in node.attribute:
+        if attribute.type != onnx.AttributeProto.GRAPH:
+            continue  # only to look at its graph would give it one
         graph = attribute.g
-        graph.name = ""
         for value in graph.input:
             value.name = fresh(value.name)
         for inner in graph.node:
             _rename(inner, names)
         for value in graph.output:
             value.name = fresh(value.name)
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            graph.name = "body"
+        graph.name = "body"
     node.output[:] = [fresh(name) for name in node.output]
 
 

@@ -103,8 +103,8 @@ def attend_packed(fused: Tensor, segments: Segments | None) -> Tensor:
 def received_attention(query: Tensor, key: Tensor, row_weight: Tensor, key_bias: Tensor, scale: float) -> Tensor:
     """Attention that every key receives, fp32 [B, S]: the mean over heads of sum_r w_r softmax(scale q_r k^T + bias).
 
-    The scores of all rows together would be P x P per head, 4 GiB at 16k patches and 4 heads; they are made and summed
-    a few rows at a time.
+    The scores of all rows together would be P x P per head, 16 GiB at 16k patches and 16 heads; they are made and
+    summed a few rows at a time.
 
     Args:
         query: [B, R, H, head_dim], any floating dtype.
@@ -114,13 +114,12 @@ def received_attention(query: Tensor, key: Tensor, row_weight: Tensor, key_bias:
         scale: head_dim ** -0.5.
     """
     batch, size, heads, _ = key.shape
-    wide, keys = query.float().transpose(1, 2), key.float().permute(0, 2, 3, 1)
+    queries, keys = scale * query.float().transpose(1, 2), key.float().permute(0, 2, 3, 1).contiguous()
     received = torch.zeros(batch, size, dtype=torch.float32, device=key.device)
-    for rows, weight in zip(
-        wide.split(step := max(1, _SCORES // (batch * heads * size)), dim=2), row_weight.split(step, dim=1), strict=True
-    ):
-        attention = (rows @ keys * scale + key_bias[:, None, None, :]).softmax(dim=-1)
-        received = received + torch.einsum("br,bhrs->bs", weight, attention)
+    step = max(1, (_SCORES if key.is_cpu else _SCORES_GPU) // (batch * heads * size))
+    for rows, weight in zip(queries.split(step, dim=2), row_weight.split(step, dim=1), strict=True):
+        attention = (rows @ keys + key_bias[:, None, None, :]).softmax(dim=-1)
+        received = received + (weight[:, None, None, :] @ attention).sum((1, 2))
     return received / heads
 
 
@@ -129,5 +128,6 @@ def _(query: Tensor, key: Tensor, row_weight: Tensor, key_bias: Tensor, scale: f
     return key.new_empty(key.shape[:2], dtype=torch.float32)
 
 
-_SCORES = 2**25
-"""Attention scores that `received_attention` holds at a time, 128 MiB."""
+# Attention scores that `received_attention` holds at a time: 8 MiB, which a CPU's cache holds too, or 256 MiB.
+_SCORES = 2**21
+_SCORES_GPU = 2**26

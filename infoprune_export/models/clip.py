@@ -7,7 +7,7 @@ before the projector (``vision_feature_select_strategy: default``); SigLIP has n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class LlavaTower(VisionTower):
                 f"does not give one visual token per patch, which selection needs; supported: {strategy}"
             )
         if self._special:
-            self.priors = ("received", "cls")
+            self.priors = ("received", "value", "cls")
         layer = config.vision_feature_layer
         if not isinstance(layer, int):
             raise InfopruneError(
@@ -106,10 +106,16 @@ class LlavaTower(VisionTower):
     def pictures(self, inputs: Inputs) -> list[tuple[Tensor, int, int]]:
         return [(pixels, self.side, self.side) for pixels in inputs["pixel_values"]]
 
+    def of_pictures(self, pictures: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Inputs of normalised images [3, H, W] of one size, which need not be the processor's."""
+        return {"pixel_values": torch.stack(list(pictures))}
+
     # ── Running ──
 
     def embed(self, planned: Planned) -> tuple[Tensor, Context]:
-        stream = self._transformer.embeddings(planned["pixel_values"])
+        pixels = planned["pixel_values"]
+        resized = tuple(pixels.shape[2:]) != (self.image_size, self.image_size)
+        stream = self._transformer.embeddings(pixels, interpolate_pos_encoding=resized)
         if hasattr(self._transformer, "pre_layrnorm"):
             stream = self._transformer.pre_layrnorm(stream)
         return stream, Context()
@@ -120,14 +126,17 @@ class LlavaTower(VisionTower):
     def attention_prior(
         self, activations: Activations, context: Context, planned: Planned, kind: Prior, block: int = -1
     ) -> Tensor:
-        chosen, query, key = self._attending(activations, context, block)
+        chosen, query, key, value = self._attending(activations, context, block)
         rows = query[:, :1] if kind == "cls" else query[:, self._special :]
         weight = torch.ones_like(rows[..., 0, 0], dtype=torch.float32) / rows.shape[1]
         bias = torch.zeros_like(key[..., 0, 0], dtype=torch.float32)
-        return received_attention(rows, key, weight, bias, chosen.head_dim**-0.5)[:, self._special :]
+        received = received_attention(rows, key, weight, bias, chosen.head_dim**-0.5)
+        if kind == "value":
+            received = received * value.float().flatten(2).norm(dim=-1)
+        return received[:, self._special :]
 
     def attention_keys(self, activations: Activations, context: Context, planned: Planned) -> Tensor:
-        _, _, key = self._attending(activations, context, -1)
+        _, _, key, _ = self._attending(activations, context, -1)
         return key.mean(dim=2)[:, self._special :]
 
     def token_grids(self, planned: Planned) -> list[tuple[int, int]]:

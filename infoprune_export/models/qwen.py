@@ -173,15 +173,24 @@ class QwenTower(VisionTower):
 
     def grid_inputs(self, grids: Sequence[packing.Grid], generator: torch.Generator) -> dict[str, Tensor]:
         """Random inputs for these grids."""
-        m, size, channels = self.merge, self.patch_size, 3
-        patches = []
-        for frames, rows, columns in grids:
-            noise = image_noise(frames * self.temporal_patch_size, rows * size, columns * size, generator)
-            blocks = noise.reshape(
-                frames, self.temporal_patch_size, channels, rows // m, m, size, columns // m, m, size
-            )
+        size, repeat = self.patch_size, self.temporal_patch_size
+        return self._of_videos(
+            [image_noise(frames * repeat, rows * size, columns * size, generator) for frames, rows, columns in grids]
+        )
+
+    def of_pictures(self, pictures: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Inputs of normalised images [3, H, W] whose sides are multiples of a visual token's."""
+        return self._of_videos([picture.expand(self.temporal_patch_size, -1, -1, -1) for picture in pictures])
+
+    def _of_videos(self, videos: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Inputs of videos [F, 3, H, W]; one image is a few equal frames."""
+        m, size, patches, grids = self.merge, self.patch_size, [], []
+        for video in videos:
+            frames, (rows, columns) = len(video) // self.temporal_patch_size, (side // size for side in video.shape[2:])
+            blocks = video.reshape(frames, -1, 3, rows // m, m, size, columns // m, m, size)
             patches.append(blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(frames * rows * columns, -1))
-        return {"pixel_values": torch.cat(patches), "image_grid_thw": torch.tensor(grids)}
+            grids.append((frames, rows, columns))
+        return {"pixel_values": torch.cat(patches), "image_grid_thw": torch.tensor(grids, device=videos[0].device)}
 
     def pictures(self, inputs: Inputs) -> list[tuple[Tensor, int, int]]:
         m, size = self.merge, self.patch_size
@@ -221,7 +230,7 @@ class QwenTower(VisionTower):
     def attention_prior(
         self, activations: Activations, context: Context, planned: Planned, kind: Prior, block: int = -1
     ) -> Tensor:
-        chosen, query, key = self._attending(activations, context, block)
+        chosen, query, key, value = self._attending(activations, context, block)
         frames, scale = context.frames, chosen.head_dim**-0.5
         if frames is None:
             bias = torch.zeros_like(key[:, 0, 0], dtype=torch.float32)[None]
@@ -235,10 +244,12 @@ class QwenTower(VisionTower):
             valid = (bias == 0).float()
             weight = valid / valid.sum(1, keepdim=True)
             received = received_attention(rows, columns, weight, bias, scale).flatten().index_select(0, frames.inverse)
+        if kind == "value":
+            received = received * value.float().flatten(1).norm(dim=-1)
         return self._per_image(received.view(-1, self.merge**2).mean(dim=1, keepdim=True), planned)[..., 0]
 
     def attention_keys(self, activations: Activations, context: Context, planned: Planned) -> Tensor:
-        _, _, key = self._attending(activations, context, -1)
+        _, _, key, _ = self._attending(activations, context, -1)
         return self._per_image(key.mean(dim=1).unflatten(0, (-1, self.merge**2)).mean(dim=1), planned)
 
     def token_grids(self, planned: Planned) -> list[tuple[int, int]]:

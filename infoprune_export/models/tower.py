@@ -28,7 +28,7 @@ from infoprune_export.models.block import Block, BlockNames, FfnShape
 
 __all__ = ["Activations", "Block", "BlockNames", "Context", "FfnShape", "Form", "Layout", "Prior", "VisionTower"]
 
-Prior = Literal["cls", "received"]
+Prior = Literal["cls", "received", "value"]
 Inputs = Mapping[str, Tensor]
 """What a processor returns for a batch of images."""
 Planned = Mapping[str, Tensor]
@@ -76,7 +76,7 @@ class VisionTower(ABC):
 
     ragged: ClassVar[bool] = False
     """Whether images differ in their number of visual tokens. Tokens of several images then follow each other."""
-    priors: Sequence[Prior] = ("received",)
+    priors: Sequence[Prior] = ("received", "value")
     """Token priors that this tower's attention can give."""
     position_axes: ClassVar[int] = 1
     """Rows of `Layout.ids`."""
@@ -158,8 +158,9 @@ class VisionTower(ABC):
     ) -> Tensor:
         """Attention that a block, by default the last, pays to each visual token, head mean, fp32 [B, N].
 
-        ``cls``: the [CLS] query's row. ``received``: mean over the visual tokens' rows. For another block than the
-        last, the one in front of it must have been observed.
+        ``cls``: the [CLS] query's row. ``received``: mean over the visual tokens' rows. ``value``: the same, times the
+        norm of the value that is attended to. For another block than the last, the one in front of it must have been
+        observed.
 
         Raises:
             InfopruneError: no head is left in the block, or it attends within windows only.
@@ -206,8 +207,8 @@ class VisionTower(ABC):
     def ffn_shapes(self) -> list[FfnShape]:
         return [block.ffn_shape for block in self.blocks]
 
-    def _attending(self, activations: Activations, context: Context, block: int) -> tuple[Block, Tensor, Tensor]:
-        """A block, with its queries and keys [..., H, head_dim]."""
+    def _attending(self, activations: Activations, context: Context, block: int) -> tuple[Block, Tensor, Tensor, Tensor]:
+        """A block, with its queries, keys and values [..., H, head_dim]."""
         number = block % len(self.blocks)
         stream = activations.before_last if number == len(self.blocks) - 1 else activations.taps[number - 1]
         chosen = self.blocks[number]
@@ -215,8 +216,7 @@ class VisionTower(ABC):
             raise InfopruneError(f"block {number} has no attention head left, so it gives no token prior; keep one")
         if chosen.windowed:
             raise InfopruneError(f"block {number} attends within windows only, so it gives no token prior")
-        query, key, _ = chosen.query_key_value(chosen.normalised(stream), context)
-        return chosen, query, key
+        return chosen, *chosen.query_key_value(chosen.normalised(stream), context)
 
 
 def require(inputs: Mapping[str, Any], *names: str) -> None:

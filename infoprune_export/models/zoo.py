@@ -159,23 +159,39 @@ REAL: dict[str, Callable[[int], Any]] = {
 }
 """Towers of published models by name; the argument is the number of vision blocks, `DEPTH` in the original."""
 
-DEPTH = {"clip-l-336": 24, "qwen2-vl-7b": 32, "qwen2.5-vl-7b": 32}
+WHOLE: dict[str, Callable[[int], Any]] = {
+    "llava-0.5b": lambda blocks: _llava(
+        _clip(1024, blocks, 16, 336),
+        _decoder(
+            896,
+            vocab_size=32064,
+            intermediate_size=4864,
+            num_hidden_layers=24,
+            num_attention_heads=14,
+            head_dim=64,
+        ),
+    ),
+}
+"""Whole models that a CPU can time: LLaVA-1.5's tower before a language model of the size of Qwen2-0.5B."""
+
+DEPTH = {"clip-l-336": 24, "qwen2-vl-7b": 32, "qwen2.5-vl-7b": 32, "llava-0.5b": 24}
 
 
 # ── Models ───────────────────────────────────────────────────────────────────
 
 
 def random_model(name: str, blocks: int | None = None, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """A Hugging Face model of `TINY` (4 blocks) or `REAL` (its true depth) with random weights, in evaluation mode.
+    """A model of `TINY` (4 blocks), `REAL` or `WHOLE` (their true depth) with random weights, in evaluation mode.
 
     Raises:
         InfopruneError: no such name.
     """
     from transformers import AutoModelForImageTextToText
 
-    if name not in TINY and name not in REAL:
-        raise InfopruneError(f"no model {name!r}; there are: {', '.join([*TINY, *REAL])}")
-    config = (TINY.get(name) or REAL[name])(blocks or DEPTH.get(name, 4))
+    known = TINY | REAL | WHOLE
+    if name not in known:
+        raise InfopruneError(f"no model {name!r}; there are: {', '.join(known)}")
+    config = known[name](blocks or DEPTH.get(name, 4))
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     if name in TINY:

@@ -6,6 +6,7 @@ fp32 whatever the model's dtype. Decisions the paper leaves open:
 
 - the pool is ranked on the prior a, not on q = softmax(a / tau)^gamma_q: the order is the same, but q has far fewer
   distinct values in low precision;
+- by default a is the logarithm of an attention, which makes q a power of it (see `weighting`);
 - saturation is relative, 1e-5 of the largest squared norm in the pool: an absolute threshold is either below fp32 noise
   or above real signal. What the greedy step leaves open is filled in the order of the prior;
 - ties go to the lowest position in the pool; kept indices are ascending; what is not finite counts as zero; the answer
@@ -139,37 +140,49 @@ def greedy_pivots(z: Tensor, inside: Tensor, keep: int, epsilon: float) -> Tenso
     return torch.stack(pivots, dim=1)
 
 
-def merge_tokens(features: Tensor, kept: Tensor, counts: Tensor, inertia: float) -> Tensor:
+def merge_tokens(features: Tensor, kept: Tensor, counts: Tensor, inertia: float, above: float = -1.0) -> Tensor:
     """Kept tokens with every dropped token folded into its most cosine-similar one (Algorithm 1, lines 24-33).
 
-    x_s' = (beta x_s + sum of its dropped tokens) / (beta + their number). features [B, N, D], kept [B, T] ascending
-    and filled with -1, counts [B] as in `token_select`; returns [B, T, D] in the dtype of `features`. Built from
-    operators that every runtime has: the assignment is a 0/1 matrix, so the sums are one matrix product.
+    x_s' = (beta x_s + sum of its dropped tokens) / (beta + their number); a dropped token whose similarity is less than
+    `above` is lost. features [B, N, D], kept [B, T] ascending and filled with -1, counts [B] as in `token_select`;
+    returns [B, T, D] in the dtype of `features`. Built from operators that every runtime has: the assignment is a 0/1
+    matrix, so the sums are one matrix product.
     """
     x = features.float()
     anchors = x.gather(1, kept.clamp_min(0)[..., None].expand(-1, -1, x.shape[2]))
     unit, unit_anchors = F.normalize(x, dim=-1), F.normalize(anchors, dim=-1)
     missing = torch.where(kept < 0, -2.0, 0.0)[:, None, :]
-    nearest = (unit @ unit_anchors.transpose(1, 2) + missing).argmax(-1)
+    similarity, nearest = (unit @ unit_anchors.transpose(1, 2) + missing).max(dim=-1)
     positions = torch.arange(x.shape[1], device=x.device)
-    dropped = (kept[:, :, None] != positions).all(1) & (positions < counts[:, None])
+    dropped = (kept[:, :, None] != positions).all(1) & (positions < counts[:, None]) & (similarity >= above)
     slots = torch.arange(kept.shape[1], device=x.device)
     assignment = ((nearest[:, None, :] == slots[:, None]) & dropped[:, None, :]).float()
     merged = (inertia * anchors + assignment @ x) / (inertia + assignment.sum(-1, keepdim=True))
     return merged.to(features.dtype)
 
 
+def weighting(prior: Tensor, spec: TokensSpec) -> tuple[Tensor, float]:
+    """The prior and temperature with which softmax(a / tau)^gamma_q is the recipe's quality, up to a constant factor.
+
+    A power of the prior is the softmax of its logarithm.
+    """
+    if spec.quality == "softmax":
+        return prior, spec.temperature
+    return torch.nan_to_num(prior.float(), nan=0.0, posinf=0.0).clamp_min(torch.finfo(torch.float32).tiny).log(), 1.0
+
+
 def select_and_merge(candidates: Candidates, spec: TokensSpec) -> Selection:
     """Stage 1 with a recipe's settings."""
     compared = candidates.compared
+    prior, temperature = weighting(candidates.prior(spec.prior), spec)
     kept = token_select(
         F.normalize(compared.float(), dim=-1) if spec.normalize else compared,
-        candidates.prior(spec.prior),
+        prior,
         candidates.counts,
         spec.keep_ratio.numerator,
         spec.keep_ratio.denominator,
         spec.pool_factor,
-        spec.temperature,
+        temperature,
         spec.exponent,
     )
     return consolidate(candidates, spec, kept)
@@ -179,5 +192,5 @@ def consolidate(candidates: Candidates, spec: TokensSpec, kept: Tensor) -> Selec
     """The tokens that stand for a choice: with what was dropped merged in, or as they are."""
     tokens = candidates.tokens
     if spec.merge:
-        return Selection(merge_tokens(tokens, kept, candidates.counts, spec.inertia), kept)
+        return Selection(merge_tokens(tokens, kept, candidates.counts, spec.inertia, spec.merge_above), kept)
     return Selection(tokens.gather(1, kept.clamp_min(0)[..., None].expand(-1, -1, tokens.shape[2])), kept)

@@ -21,7 +21,7 @@ from infoprune_export.recipe import Recipe, TokensSpec
 from infoprune_export.rewrite.surgery import ATTENTION_OUT, FFN_IN, FFN_OUT
 from infoprune_export.tokens.encoder import FEATURES, KEPT, VisionEncoder
 from infoprune_export.tokens.reference import replay
-from infoprune_export.tokens.select import consolidate, keep_count
+from infoprune_export.tokens.select import consolidate, keep_count, weighting
 from infoprune_export.tokens.selector import Candidates
 
 
@@ -182,7 +182,7 @@ def encoder_parity(
                 expected.append(torch.zeros(1))
                 actual.append(torch.empty(0))
                 continue
-            certain = _certainly_merged(candidates, chosen, min(tolerance, _MARGIN)) if tokens.merge else chosen >= 0
+            certain = _certain(candidates, tokens, chosen, min(tolerance, _MARGIN))
             expected.append(tower.project(consolidate(candidates, tokens, chosen).tokens)[certain])
             actual.append(theirs[FEATURES][certain] if theirs[FEATURES].shape[:2] == chosen.shape else torch.empty(0))
     labels: dict[str, Any] = {"step": step, "case": case, "tolerance": tolerance, "min_cosine": min_cosine}
@@ -217,23 +217,28 @@ def _suboptimality(candidates: Candidates, tokens: TokensSpec, chosen: Tensor | 
         return 1.0
     compared = candidates.compared
     features = (F.normalize(compared, dim=-1) if tokens.normalize else compared).numpy()
-    prior = candidates.prior(tokens.prior).numpy()
-    ratio, worst = tokens.keep_ratio, 0.0
+    weights, temperature = weighting(candidates.prior(tokens.prior), tokens)
+    prior, ratio, worst = weights.numpy(), tokens.keep_ratio, 0.0
     for i, count in enumerate(candidates.counts.tolist()):
         kept = chosen[i][chosen[i] >= 0].numpy()
         if len(kept) != keep_count(count, ratio.numerator, ratio.denominator):
             return 1.0
-        settings = (tokens.pool_factor, tokens.temperature, tokens.exponent)
+        settings = (tokens.pool_factor, temperature, tokens.exponent)
         worst = max(worst, replay(features[i, :count], prior[i, :count], kept, *settings))
     return worst
 
 
-def _certainly_merged(candidates: Candidates, chosen: Tensor, margin: float) -> Tensor:
-    """Kept tokens, bool [B, T], for which every dropped token is clearly nearer or clearly farther than its rivals."""
+def _certain(candidates: Candidates, tokens: TokensSpec, chosen: Tensor, margin: float) -> Tensor:
+    """Kept tokens, bool [B, T], for which it is clear by a margin of every dropped token whether it is merged into."""
+    if not tokens.merge:
+        return chosen >= 0
     unit = F.normalize(candidates.tokens, dim=-1)
     anchors = unit.gather(1, chosen.clamp_min(0)[..., None].expand(-1, -1, unit.shape[2]))
     similar = (unit @ anchors.transpose(1, 2)).masked_fill((chosen < 0)[:, None, :], -torch.inf)
-    rivals = similar > similar.amax(2, keepdim=True) - margin
+    best = similar.amax(2, keepdim=True)
+    rivals = similar > best - margin
     own = torch.arange(unit.shape[1]) < candidates.counts[:, None]
-    undecided = (rivals.sum(2) > 1) & own & (chosen[:, None, :] != torch.arange(unit.shape[1])[:, None]).all(2)
+    dropped = own & (chosen[:, None, :] != torch.arange(unit.shape[1])[:, None]).all(2)
+    near = best[..., 0] - tokens.merge_above
+    undecided = dropped & (near > -margin) & ((rivals.sum(2) > 1) | (near < margin))
     return (chosen >= 0) & ~(rivals & undecided[..., None]).any(1)

@@ -1,0 +1,166 @@
+"""Time to first token and peak memory of the whole model, from pixels to the first answer token.
+
+What a user waits for is encoder, projector, selection, prefill and one token together, so that is what is timed; the
+unpruned model runs its best kernels too (its own encoder in the same engine, SDPA in the language model). Questions are
+whole prompts, the cache starts empty, images are preprocessed beforehand.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from infoprune_export.artifacts import library_versions
+from infoprune_export.errors import InfopruneError
+from infoprune_export.models.vlm import VLM, Decoding, VisualTokens, answer
+from infoprune_export.recipe import BenchSpec
+from infoprune_export.validate.latency import interleaved, machine, paired_ratio, percentiles
+
+UNPRUNED = "unpruned"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to the first token."""
+
+    see: Callable[[dict[str, Tensor]], VisualTokens]
+    """Tower inputs to what the language model sees."""
+    decoder: Decoding | None = None
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A language model, what may stand in front of and inside it, and what it is asked."""
+
+    vlm: VLM
+    sides: Mapping[str, Side]
+    """The first is `UNPRUNED`."""
+    inputs: Callable[[int], dict[str, Tensor]]
+    """Tower inputs of so many images."""
+    question: str
+
+
+def first_token(
+    contest: Contest, spec: BenchSpec, *, on_round: Callable[[int], None] = lambda index: None
+) -> dict[str, Any]:
+    """One row per batch size and side: milliseconds to the first token and in the encoder, and the paired ratio to the
+    unpruned side with its 95% interval, all from one interleaved run; visual tokens per image."""
+    rows = []
+    for batch_size in spec.batch_sizes:
+        inputs = contest.inputs(batch_size)
+        calls: dict[str, Callable[[], object]] = {}
+        for name, side in contest.sides.items():
+            calls[name] = partial(_answer, contest, side, inputs)
+            calls[f"{name}, encoder"] = partial(_see, contest, side, inputs)
+        times = interleaved(calls, rounds=spec.rounds, warmup=spec.warmup, on_round=on_round)
+        for name, side in contest.sides.items():
+            seen = _see(contest, side, inputs)
+            rows.append(
+                {
+                    "batch_size": batch_size,
+                    "side": name,
+                    "visual_tokens": float(np.mean([len(features) for features in seen.features])),
+                    "milliseconds": percentiles(times[name]),
+                    "encoder_milliseconds": percentiles(times[f"{name}, encoder"]),
+                    "speedup": paired_ratio(times[UNPRUNED], times[name]),
+                }
+            )
+    return {"threads": torch.get_num_threads(), "machine": machine(), "libraries": library_versions(), "rows": rows}
+
+
+def _see(contest: Contest, side: Side, inputs: dict[str, Tensor]) -> VisualTokens:
+    with torch.inference_mode():
+        seen = side.see(inputs)
+    _wait(contest.vlm)
+    return seen
+
+
+def _answer(contest: Contest, side: Side, inputs: dict[str, Tensor]) -> None:
+    with torch.inference_mode():
+        seen = side.see(inputs)
+    answer(contest.vlm, seen, [contest.question] * len(seen.features), max_new_tokens=1, decoder=side.decoder)
+    _wait(contest.vlm)
+
+
+def _wait(vlm: VLM) -> None:
+    if vlm.device.type == "cuda":
+        torch.cuda.synchronize(vlm.device)
+
+
+# ── Memory ───────────────────────────────────────────────────────────────────
+
+Prepare = Callable[..., Contest]
+
+
+def peak_memory(prepare: Prepare, arguments: Sequence[Any], sides: Sequence[str], batch_size: int) -> dict[str, int]:
+    """Bytes that one answer needs on top of the loaded models, by side, each in a process of its own.
+
+    On a CPU (Linux) the growth of the largest resident size, on a GPU what torch allocated at most. `prepare` is a module-level
+    function; it makes the contest anew from `arguments` in every process.
+    """
+    context = multiprocessing.get_context("spawn")
+    peaks = {}
+    for side in sides:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            peaks[side] = pool.submit(_peak, prepare, tuple(arguments), side, batch_size).result()
+    return peaks
+
+
+def _peak(prepare: Prepare, arguments: tuple[Any, ...], side: str, batch_size: int) -> int:
+    contest = prepare(*arguments)
+    vlm, inputs = contest.vlm, contest.inputs(batch_size)
+    gc.collect()
+    if vlm.device.type == "cuda":
+        before = torch.cuda.memory_allocated(vlm.device)
+        torch.cuda.reset_peak_memory_stats(vlm.device)
+        _answer(contest, contest.sides[side], inputs)
+        return int(torch.cuda.max_memory_allocated(vlm.device) - before)
+    before = _reset_peak()
+    _answer(contest, contest.sides[side], inputs)
+    return max(0, _status("VmHWM") - before)
+
+
+def _reset_peak() -> int:
+    """Forget this process's largest resident size so far (loading a model has one of its own); returns the present."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        raise InfopruneError(f"peak memory on a CPU needs Linux's /proc/self/clear_refs ({error.strerror})") from None
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    """Bytes of a memory field of this process."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+# ── Table ────────────────────────────────────────────────────────────────────
+
+
+def render(result: Mapping[str, Any]) -> Table:
+    """One row per batch size and side."""
+    table = Table("batch", "model", "visual tokens", "first token, ms", "of it encoder", "speed-up (95%)", "peak MiB")
+    for row in result["rows"]:
+        speedup = row["speedup"]
+        table.add_row(
+            str(row["batch_size"]),
+            row["side"],
+            f"{row['visual_tokens']:.0f}",
+            f"{row['milliseconds']['p50']:.1f}",
+            f"{row['encoder_milliseconds']['p50']:.1f}",
+            f"{speedup['median']:.2f} ({speedup['low']:.2f}-{speedup['high']:.2f})",
+            f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else "",
+        )
+    return table
