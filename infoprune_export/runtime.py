@@ -26,15 +26,13 @@ from infoprune_export.engine.base import Engine
 from infoprune_export.errors import InfopruneError
 from infoprune_export.models.vlm import VLM, Decoding, VisualTokens, answer, preprocess
 from infoprune_export.recipe import ModelSpec, Recipe, load_target, read_recipe
+from infoprune_export.stages.common import LAYER
 from infoprune_export.tokens.decoder_methods import decoding_of
 from infoprune_export.tokens.encoder import encode, form_of
 from infoprune_export.validate.parity import through
 
 if TYPE_CHECKING:
     from infoprune_export.models.tower import VisionTower
-
-FOUND = "layer.json"
-"""What the decoder stage found, in its folder."""
 
 Picture: TypeAlias = "str | Path | Image.Image"
 
@@ -50,31 +48,37 @@ class CompressedVLM:
     decoder: Decoding | None
     """Stage 2, if the recipe has one."""
 
-    def encode(self, images: Picture | Sequence[Picture]) -> VisualTokens:
+    def encode(self, images: Sequence[Picture]) -> VisualTokens:
         """What the language model sees of each image: kept visual tokens [T, D_llm] and their positions."""
-        pictures = [_opened(image) for image in _listed(images)]
+        pictures = [
+            image.convert("RGB") if isinstance(image, Image.Image) else open_image(Path(image)) for image in images
+        ]
         tower, tokens = self.vlm.tower, self.recipe.tokens
         form = form_of(tower, tokens, self.recipe.export.several)
-        return encode(tower, form, tokens, through(self.engine), preprocess(self.vlm, pictures))
+        with torch.inference_mode():
+            return encode(tower, form, tokens, through(self.engine), preprocess(self.vlm, pictures))
 
-    def answer(
-        self, images: Picture | Sequence[Picture], questions: str | Sequence[str], max_new_tokens: int = 64
+    def answer(self, images: Picture | Sequence[Picture], question: str, max_new_tokens: int = 64) -> str:
+        """Greedy answer to a question about one image, or about several together."""
+        pictures = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
+        return self.answer_all([pictures], [question], max_new_tokens)[0]
+
+    def answer_all(
+        self, images: Sequence[Sequence[Picture]], questions: Sequence[str], max_new_tokens: int = 64
     ) -> list[str]:
-        """Greedy answers to one question per image; one image may have several questions, and one question all images.
+        """One batch of questions, each with its own images.
 
         Raises:
-            InfopruneError: an image cannot be read, or there are several of both but not as many.
+            InfopruneError: a question without an image, more of one than of the other, an image that cannot be read.
         """
-        images, asked = _listed(images), [questions] if isinstance(questions, str) else list(questions)
-        if not images or not asked or (len(images) != len(asked) and 1 not in (len(images), len(asked))):
+        if not questions or len(images) != len(questions) or not all(images):
             raise InfopruneError(
-                f"{len(images)} images and {len(asked)} questions: give as many questions as images, or one of either"
+                f"{len(questions)} questions, {len(images)} lists of images, the shortest of "
+                f"{min(map(len, images), default=0)}: give every question at least one image"
             )
-        rows = max(len(images), len(asked))
-        with torch.inference_mode():
-            visual = self.encode(images)
-        visual = visual.rows(range(rows) if len(images) == rows else [0] * rows)
-        return answer(self.vlm, visual, asked if len(asked) == rows else asked * rows, max_new_tokens, self.decoder)
+        visual = self.encode([image for several in images for image in several])
+        counts = [len(several) for several in images]
+        return answer(self.vlm, visual, questions, max_new_tokens, self.decoder, counts)
 
 
 def open_run(folder: str | Path, device: str = "auto", dtype: torch.dtype | None = None) -> CompressedVLM:
@@ -100,7 +104,7 @@ def open_run(folder: str | Path, device: str = "auto", dtype: torch.dtype | None
     spec = ModelSpec(name_or_path=str((folder / "checkpoint").resolve()))
     vlm = load_vlm(spec, place, dtype or (torch.float32 if place == "cpu" else torch.float16))
     _release(vlm.tower)
-    found = json.loads((folder / "decoder" / FOUND).read_text(encoding="utf-8"))
+    found = json.loads((folder / "decoder" / LAYER).read_text(encoding="utf-8"))
     decoder = decoding_of(recipe.decoder, vlm.model, found["layer"], seed=recipe.seed)
     return CompressedVLM(vlm, open_engine(folder / "engine", load_target(recipe.engine.target)), recipe, decoder)
 
@@ -108,11 +112,3 @@ def open_run(folder: str | Path, device: str = "auto", dtype: torch.dtype | None
 def _release(tower: VisionTower) -> None:
     for block in tower.blocks:
         block.module.to("meta")
-
-
-def _listed(images: Picture | Sequence[Picture]) -> list[Picture]:
-    return [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
-
-
-def _opened(image: Picture) -> Image.Image:
-    return image.convert("RGB") if isinstance(image, Image.Image) else open_image(Path(image))

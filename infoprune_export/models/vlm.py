@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -195,15 +196,16 @@ def preprocess(vlm: VLM, images: Sequence[Image]) -> dict[str, Tensor]:
     return {k: v.to(vlm.device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
 
 
-def prompt_ids(vlm: VLM, question: str, visual_tokens: int) -> list[int]:
-    """Token ids of one user turn with `visual_tokens` image placeholders, ready for generation."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
+def prompt_ids(vlm: VLM, question: str, *visual_tokens: int) -> list[int]:
+    """Token ids of one user turn, ready for generation: images of so many visual tokens each, then the question."""
+    content = [*({"type": "image"} for _ in visual_tokens), {"type": "text", "text": question}]
     text = vlm.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     tokenizer, placeholder = vlm.processor.tokenizer, vlm.processor.image_token
     has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    ids: list[int] = tokenizer(
-        text.replace(placeholder, placeholder * visual_tokens, 1), add_special_tokens=not has_bos
-    ).input_ids
+    # What follows the images may be the user's own text.
+    pieces = text.split(placeholder, len(visual_tokens))
+    filled = [piece + placeholder * count for piece, count in zip(pieces, visual_tokens, strict=False)]
+    ids: list[int] = tokenizer("".join([*filled, pieces[-1]]), add_special_tokens=not has_bos).input_ids
     return ids
 
 
@@ -272,15 +274,24 @@ def _deepstack(vlm: VLM, prompt: Prompt) -> Iterator[None]:
 def _position_ids(vlm: VLM, rows: Sequence[Sequence[int]], visual: VisualTokens, mask: Tensor) -> Tensor:
     text = (mask.cumsum(1) - 1).clamp_min(0)
     ids = torch.zeros(vlm.tower.position_axes, *mask.shape, dtype=torch.long)
-    for number, (row, layout) in enumerate(zip(rows, visual.layouts, strict=True)):
-        first, kept = row.index(vlm.model.config.image_token_id), layout.ids.shape[1]
-        behind = torch.arange(first + layout.advance, first + layout.advance + len(row) - first - kept)
-        axes = ids.shape[0]
-        ids[:, number, ids.shape[2] - len(row) :] = torch.cat(
-            [torch.arange(first).expand(axes, -1), first + layout.ids.cpu(), behind.expand(axes, -1)], dim=1
-        )
+    layouts = iter(visual.layouts)
+    for number, row in enumerate(rows):
+        ids[:, number, ids.shape[2] - len(row) :] = _row_positions(vlm, row, layouts)
     ids = ids.to(mask.device)
     return ids[0] if len(ids) == 1 else torch.cat([text[None], ids])
+
+
+def _row_positions(vlm: VLM, row: Sequence[int], layouts: Iterator[Layout]) -> Tensor:
+    """Positions of a prompt's tokens [A, L]; takes the layouts of its images from `layouts`."""
+    placeholder, axes = vlm.model.config.image_token_id, vlm.tower.position_axes
+    parts, place, position = [], 0, 0
+    while placeholder in row[place:]:
+        before, layout = row.index(placeholder, place) - place, next(layouts)
+        parts += [torch.arange(position, position + before).expand(axes, -1), position + before + layout.ids.cpu()]
+        place += before + layout.ids.shape[1]
+        position += before + layout.advance
+    parts.append(torch.arange(position, position + len(row) - place).expand(axes, -1))
+    return torch.cat(parts, dim=1)
 
 
 # ── Answers ──────────────────────────────────────────────────────────────────
@@ -293,11 +304,17 @@ def answer(
     questions: Sequence[str],
     max_new_tokens: int = 8,
     decoder: Decoding | None = None,
+    images: Sequence[int] | None = None,
 ) -> list[str]:
-    """Greedy answers to one question per image of `visual`, within `decoder`."""
+    """Greedy answers, within `decoder`. Each question is about one image of `visual`, or the next so many `images`."""
+    counts = iter([len(features) for features in visual.features])
+    per_question = images if images is not None else [1] * len(questions)
     rows = [
-        prompt_ids(vlm, question, len(features)) for question, features in zip(questions, visual.features, strict=True)
+        prompt_ids(vlm, question, *itertools.islice(counts, number))
+        for question, number in zip(questions, per_question, strict=True)
     ]
+    if sum(per_question) != len(visual.features):
+        raise InfopruneError(f"{sum(per_question)} images are asked about, {len(visual.features)} are given")
     prompt = _embed(vlm, rows, visual)
     with _deepstack(vlm, prompt), decoder(vlm, prompt) if decoder else contextlib.nullcontext():
         generated = vlm.model.generate(
