@@ -91,7 +91,7 @@ def bring_up_to(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from infoprune_export.pipeline import Run, execute
+    from infoprune_export.pipeline import Run, execute, order
     from infoprune_export.stages import STAGES, check_everything
 
     console = Console(stderr=True)
@@ -104,7 +104,7 @@ def bring_up_to(
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         run = Run(checked, output or Path("runs") / checked.name, progress)
-        check_everything(run)
+        check_everything(run, exporting="onnx" in order(STAGES, last))
         return execute(run, STAGES, last, force=force)
 
 

@@ -244,9 +244,10 @@ class QwenTower(VisionTower):
             valid = (bias == 0).float()
             weight = valid / valid.sum(1, keepdim=True)
             received = received_attention(rows, columns, weight, bias, scale).flatten().index_select(0, frames.inverse)
+        prior = received.view(-1, self.merge**2).mean(dim=1)
         if kind == "value":
-            received = received * value.float().flatten(1).norm(dim=-1)
-        return self._per_image(received.view(-1, self.merge**2).mean(dim=1, keepdim=True), planned)[..., 0]
+            prior = prior * value.float().flatten(1).norm(dim=-1).view(-1, self.merge**2).mean(dim=1)
+        return self._per_image(prior[:, None], planned)[..., 0]
 
     def attention_keys(self, activations: Activations, context: Context, planned: Planned) -> Tensor:
         _, _, key, _ = self._attending(activations, context, -1)

@@ -3,7 +3,8 @@
 ::
 
     data ─► gates ─► heads ─► ffn ─► checkpoint ─► accuracy ─► validation ─► report
-      └───► baseline ────────────────────┬──────────►┘  ▲          ▲           ▲
+      ├───► baseline ────────────────────┼──────────►┤             ▲           ▲
+      └───► decoder ─────────────────────┼──────────►┘             │           │
                                          └─► onnx ─► engine ───────┘           │
                                                └───► bench ────────────────────┤
                                                      variants ─────────────────┘
@@ -22,6 +23,7 @@ from infoprune_export.stages.compress import (
     make_baseline,
     make_checkpoint,
     make_data,
+    make_decoder,
     make_ffn,
     make_gates,
     make_heads,
@@ -63,6 +65,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage("data", "calibration and validation data", (), data_slice, make_data, uses_model=False),
         Stage("baseline", "answers of the original", ("data",), _sections(), make_baseline),
+        Stage("decoder", "layer of Stage 2 found", ("data",), _sections("decoder", "tokens"), make_decoder),
         Stage("gates", "head gates trained", ("data",), _gates_slice, make_gates, resumable=True),
         Stage("heads", "heads chosen and refitted", ("data", "gates"), _sections("heads", "refit"), make_heads),
         Stage("ffn", "FFNs compressed", ("data", "heads"), _sections("ffn", "refit", "seed"), make_ffn),
@@ -70,8 +73,8 @@ STAGES: dict[str, Stage] = {
         Stage(
             "accuracy",
             "answers of the compressed",
-            ("data", "baseline", "heads", "ffn", "checkpoint"),
-            _sections("tokens"),
+            ("data", "baseline", "decoder", "heads", "ffn", "checkpoint"),
+            _sections("tokens", "decoder", "seed"),
             make_accuracy,
         ),
         Stage("onnx", "ONNX exported", ("data", "checkpoint"), _sections("tokens", "export", "seed"), make_onnx),
@@ -79,8 +82,8 @@ STAGES: dict[str, Stage] = {
         Stage(
             "validation",
             "validated",
-            ("data", "baseline", "heads", "ffn", "checkpoint", "accuracy", "onnx", "engine"),
-            _sections("validate", "tokens", "seed"),
+            ("data", "baseline", "decoder", "heads", "ffn", "checkpoint", "accuracy", "onnx", "engine"),
+            _sections("validate", "tokens", "decoder", "seed"),
             make_validation,
         ),
         Stage("bench", "latency measured", ("onnx", "checkpoint"), _sections("bench", "engine"), make_bench),

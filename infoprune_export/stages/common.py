@@ -8,24 +8,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infoprune_export.artifacts import canonical_json
+from infoprune_export.errors import InfopruneError
 from infoprune_export.pipeline import Run, load_vlm
-from infoprune_export.recipe import ModelSpec
+from infoprune_export.recipe import DecoderSpec, ModelSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from infoprune_export.ffn.plan import FfnPlan
     from infoprune_export.heads.plan import HeadPlan
-    from infoprune_export.models.vlm import VLM
+    from infoprune_export.models.vlm import VLM, Decoding
 
 PLAN, PLAN_WEIGHTS = "plan.json", "weights.safetensors"
+LAYER = "layer.json"
 
 
 # ── Shared by stages ─────────────────────────────────────────────────────────
 
 
-def check_everything(run: Run) -> None:
+def check_everything(run: Run, *, exporting: bool = True) -> None:
     """Refuse, before anything is written, what would fail later: model, data, target, backend, device.
+
+    With ``exporting`` also a selection method that no graph can hold.
 
     A run that starts from nothing also loads the model, which it needs anyway, and puts the user's images through its
     processor, so that a missing tensor or a damaged image leaves no folder behind.
@@ -36,16 +40,25 @@ def check_everything(run: Run) -> None:
     from infoprune_export.data import dataset
     from infoprune_export.engine import backend_of
     from infoprune_export.models.vlm import check_model
-    from infoprune_export.tokens.encoder import check_selection, form_of
+    from infoprune_export.tokens.encoder import check_selection, form_of, selecting
+    from infoprune_export.tokens.selector import METHODS
 
     check_model(run.recipe.model)
     dataset.check(run.recipe.data)
+    method = run.recipe.tokens.method
+    if exporting and selecting(run.recipe.tokens) and not METHODS[method].exported:
+        exported = ", ".join(name for name, known in METHODS.items() if known.exported)
+        raise InfopruneError(
+            f"tokens.method = {method!r} is there to compare with and cannot be exported; use {exported}, or try it as a "
+            "variant or with infoprune-export compare-tokens"
+        )
     backend_of(run.target)
     _ = run.device
     if any(run.folder.glob("*/manifest.json")):
         return
     vlm = run.original
     check_selection(vlm.tower, run.recipe.tokens)
+    check_decoder(run.recipe.decoder, vlm)
     form_of(vlm.tower, run.recipe.tokens, run.recipe.export.several)
     if run.recipe.data.images is not None:
         from infoprune_export.models.calibration import inputs_of
@@ -56,6 +69,14 @@ def check_everything(run: Run) -> None:
         for sample in samples:
             inputs_of(vlm, [sample])
             advance(1)
+
+
+def check_decoder(spec: DecoderSpec, vlm: VLM) -> None:
+    """Refuse a decoder section that this language model cannot take."""
+    from infoprune_export.tokens.decoder_methods import steps_of
+    from infoprune_export.tokens.watch import text_model
+
+    steps_of(spec, len(text_model(vlm.model).layers), 0 if spec.layer == "auto" else None)
 
 
 def read_plans(run: Run) -> tuple[HeadPlan, dict[str, Tensor], FfnPlan, dict[str, Tensor]]:
@@ -77,6 +98,14 @@ def read_plans(run: Run) -> tuple[HeadPlan, dict[str, Tensor], FfnPlan, dict[str
 def open_checkpoint(run: Run, device: str = "cpu") -> VLM:
     """The rewritten model, loaded as any user would load it."""
     return load_vlm(ModelSpec(name_or_path=str(run.folder_of("checkpoint").resolve())), device)
+
+
+def read_decoder(run: Run, vlm: VLM) -> Decoding | None:
+    """Stage 2 for a model, as the decoder stage settled it; None if the recipe has none."""
+    from infoprune_export.tokens.decoder_methods import decoding_of
+
+    layer = read_json(run.folder_of("decoder") / LAYER)["layer"]
+    return decoding_of(run.recipe.decoder, vlm.model, layer, seed=run.recipe.seed)
 
 
 def read_json(path: Path) -> Any:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 from infoprune_export.artifacts import canonical_json, fingerprint
 from infoprune_export.pipeline import Run
 from infoprune_export.recipe import Recipe
-from infoprune_export.stages.common import PLAN, PLAN_WEIGHTS, open_checkpoint, read_json, read_plans, write_plan
+from infoprune_export.stages.common import (
+    LAYER,
+    PLAN,
+    PLAN_WEIGHTS,
+    open_checkpoint,
+    read_decoder,
+    read_json,
+    read_plans,
+    write_plan,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,12 +189,16 @@ def make_accuracy(run: Run, folder: Path) -> None:
     only_heads = writable_copy(run.original)
     apply_heads(only_heads.tower, heads, head_weights)
     pruned = open_checkpoint(run, run.device)
-    advance = run.track("compressed model answers", 3 * len(samples))
+    steps = 3 + (run.recipe.decoder.method != "none")
+    advance = run.track("compressed model answers", steps * len(samples))
     answers = {
         "heads": collect_answers(only_heads, samples, _encoder_of(only_heads, None), on_batch=advance),
         "ffn": collect_answers(pruned, samples, _encoder_of(pruned, None), on_batch=advance),
         "tokens": collect_answers(pruned, samples, _encoder_of(pruned, run.recipe.tokens), on_batch=advance),
     }
+    if (decoder := read_decoder(run, pruned)) is not None:
+        see = _encoder_of(pruned, run.recipe.tokens)
+        answers["decoder"] = collect_answers(pruned, samples, see, on_batch=advance, decoder=decoder)
     (folder / "answers.json").write_text(canonical_json(answers), encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from infoprune_export.artifacts import canonical_json
 from infoprune_export.pipeline import Run, execute
 from infoprune_export.recipe import variant_of
-from infoprune_export.stages.common import open_checkpoint, read_json, read_plans
+from infoprune_export.stages.common import open_checkpoint, read_decoder, read_json, read_plans
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -115,6 +115,7 @@ def _subject(run: Run) -> Any:
         engine=open_engine(run.folder_of("engine"), run.target),
         baseline=read_json(run.folder_of("baseline") / "answers.json"),
         answers=read_json(run.folder_of("accuracy") / "answers.json"),
+        decoder=read_decoder(run, run.original),
         track=run.track,
     )
 

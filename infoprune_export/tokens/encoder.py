@@ -11,7 +11,7 @@ from infoprune_export.errors import InfopruneError
 from infoprune_export.models.tower import Form, Inputs, Planned, VisionTower
 from infoprune_export.models.vlm import VisualTokens
 from infoprune_export.recipe import TokensSpec
-from infoprune_export.tokens.selector import METHODS, Candidates
+from infoprune_export.tokens.selector import METHODS, Candidates, Shrink
 
 FEATURES, KEPT = "image_features", "kept_indices"
 Outputs = Mapping[str, Tensor]
@@ -22,12 +22,18 @@ def selecting(tokens: TokensSpec | None) -> bool:
     return tokens is not None and tokens.method != "none"
 
 
+def shrinking(tokens: TokensSpec | None) -> Shrink | None:
+    """What makes the images smaller, if the method acts in front of the tower; the encoder then selects nothing."""
+    method = METHODS.get(tokens.method) if tokens is not None else None
+    return method.load_shrink() if method is not None and method.before else None
+
+
 def form_of(tower: VisionTower, tokens: TokensSpec | None, several: bool | None = None) -> Form:
     """The graph for a selection; `several` None means several images wherever that costs nothing.
 
     It does where images differ in size and are selected from: the smaller ones are padded.
     """
-    select = selecting(tokens)
+    select = selecting(tokens) and shrinking(tokens) is None
     return Form(not (select and tower.ragged) if several is None else several, select)
 
 
@@ -46,6 +52,9 @@ def check_selection(tower: VisionTower, tokens: TokensSpec | None) -> None:
             "tokens.positions = 'contiguous': this model numbers visual tokens by row and column (M-RoPE), which has "
             "no contiguous form; use original"
         )
+    if (shrink := shrinking(tokens)) is not None:
+        # Refused where images of this family cannot be made smaller.
+        shrink(tower, tower.example_inputs(1, torch.Generator()), tokens)
 
 
 class VisionEncoder(nn.Module):
@@ -105,7 +114,12 @@ def encode(
     inputs: Inputs,
 ) -> VisualTokens:
     """Images through an encoder of named outputs from planned tensors, in as many calls as its form needs."""
+    contiguous = tokens is not None and tokens.positions == "contiguous"
     layouts = tower.layouts(inputs)
+    if tokens is not None and (shrink := shrinking(tokens)) is not None:
+        smaller, places = shrink(tower, inputs, tokens)
+        visual = encode(tower, form, None, run, smaller)
+        return VisualTokens.of(visual.features, layouts, places, contiguous=contiguous)
     features: list[Tensor] = []
     kept: list[Tensor] = []
     for planned in tower.calls(inputs, form):
@@ -120,5 +134,4 @@ def encode(
         # Images that kept fewer tokens than the largest end in padding.
         features = [feature[: int((k >= 0).sum())] for feature, k in zip(features, kept, strict=True)]
         kept = [k[k >= 0] for k in kept]
-    positions = tokens.positions if tokens is not None else "original"
-    return VisualTokens.of(features, layouts, kept if form.selecting else None, contiguous=positions == "contiguous")
+    return VisualTokens.of(features, layouts, kept if form.selecting else None, contiguous=contiguous)

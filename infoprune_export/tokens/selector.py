@@ -10,11 +10,11 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from infoprune_export.models.tower import Activations, Context, Planned, Prior, VisionTower
+from infoprune_export.models.tower import Activations, Context, Inputs, Planned, Prior, VisionTower
 from infoprune_export.recipe import TokensSpec
 
 
@@ -73,6 +73,8 @@ class Selection:
 
 
 Select: TypeAlias = Callable[[Candidates, TokensSpec], Selection]
+Shrink: TypeAlias = Callable[[VisionTower, Inputs, TokensSpec], tuple[dict[str, Tensor], list[Tensor]]]
+"""Smaller inputs, all of whose tokens are kept, and where these stand in each image's `Layout.ids`, int64 [T]."""
 
 
 @dataclass(frozen=True)
@@ -80,18 +82,39 @@ class Method:
     """A registered selector; its module is imported when it is used."""
 
     where: str
-    """``module:function``."""
+    """``module:function`` of its `Select`, or of its `Shrink`."""
     exported: bool = False
     """Whether it can be part of an ONNX graph."""
     observes: Callable[[VisionTower], Sequence[int]] = lambda tower: ()
     """Blocks whose outputs it needs besides the last one's."""
+    before: bool = False
+    """Whether it is a `Shrink`: it acts on the images in front of the tower, and nothing is chosen behind it."""
 
     def load(self) -> Select:
-        module, _, function = self.where.partition(":")
-        select: Select = getattr(importlib.import_module(module), function)
+        select: Select = _function(self.where)
         return select
 
+    def load_shrink(self) -> Shrink:
+        shrink: Shrink = _function(self.where)
+        return shrink
+
+
+def _function(where: str) -> Any:
+    module, _, name = where.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+_BASELINES = "infoprune_export.tokens.baselines."
 
 METHODS: dict[str, Method] = {
     "infoprune": Method("infoprune_export.tokens.select:select_and_merge", exported=True),
+    "random": Method(_BASELINES + "spatial:random"),
+    "stride": Method(_BASELINES + "spatial:stride"),
+    "pool": Method(_BASELINES + "spatial:pool"),
+    "downsample": Method(_BASELINES + "downsample:shrink", before=True),
+    "fastervlm": Method(_BASELINES + "attention:fastervlm"),
+    "visionzip": Method(_BASELINES + "attention:visionzip"),
+    "divprune": Method(_BASELINES + "diversity:divprune"),
+    "cdpruner": Method(_BASELINES + "diversity:cdpruner"),
+    "vscan": Method(_BASELINES + "vscan:vscan", observes=lambda tower: _function(_BASELINES + "vscan:observed")(tower)),
 }

@@ -22,7 +22,7 @@ from infoprune_export.engine.base import Engine
 from infoprune_export.ffn.plan import FfnPlan
 from infoprune_export.heads.plan import HeadPlan
 from infoprune_export.models.calibration import inputs_of
-from infoprune_export.models.vlm import VLM
+from infoprune_export.models.vlm import VLM, Decoding
 from infoprune_export.recipe import Recipe
 from infoprune_export.tokens.encoder import KEPT, VisionEncoder, encode, form_of
 from infoprune_export.validate.accuracy import (
@@ -42,6 +42,7 @@ STEPS = {
     "heads": "attention heads removed",
     "ffn": "FFNs compressed; the rewritten checkpoint",
     "tokens": "visual tokens selected",
+    "decoder": "visual tokens dropped inside the language model",
     "onnx": "exported file in ONNX Runtime",
     "engine": "engine for the target",
 }
@@ -66,6 +67,8 @@ class Subject:
     engine: Engine
     baseline: Answers
     answers: dict[str, Answers]
+    decoder: Decoding | None
+    """Stage 2, within which the engine's tokens are answered from too."""
     track: Callable[[str, int], Callable[[int], None]]
 
 
@@ -78,7 +81,7 @@ def validate(subject: Subject) -> dict[str, Any]:
     form = form_of(subject.original.tower, recipe.tokens, recipe.export.several)
     for step, engine in (("onnx", subject.onnx), ("engine", subject.engine)):
         see = partial(encode, subject.original.tower, form, recipe.tokens, through(engine))
-        answers[step] = collect_answers(subject.answering, samples, see, on_batch=advance)
+        answers[step] = collect_answers(subject.answering, samples, see, on_batch=advance, decoder=subject.decoder)
     accuracy = accuracy_table(samples, subject.split.labelled, subject.baseline, answers)
     checks = [*_parity_checks(parities, recipe), _accuracy_check(accuracy, recipe, subject.split.labelled)]
     return {
