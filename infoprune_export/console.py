@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+import os
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+def wide_console() -> Console:
+    """For tables; whoever reads a log has more than 80 columns."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    return console
 
 
 def print_validation(folder: Path) -> None:
@@ -62,3 +76,40 @@ def print_selection(cost: Mapping[str, Any]) -> None:
         f"{100 * cost['fraction']:.2f}% of the original encoder's latency (95% interval "
         f"{100 * cost['low']:.2f} .. {100 * cost['high']:.2f}%)"
     )
+
+
+# ── Progress ─────────────────────────────────────────────────────────────────
+
+
+def tracker(progress: Progress) -> Callable[[str, int], Callable[[int], None]]:
+    """Adds a line to a progress display, from its title and total; what is returned advances it until it is gone."""
+
+    def track(title: str, total: int) -> Callable[[int], None]:
+        task = progress.add_task(title, total=total)
+
+        def advance(amount: int) -> None:
+            progress.advance(task, amount)
+            if progress.tasks[progress.task_ids.index(task)].finished:
+                progress.remove_task(task)
+
+        return advance
+
+    return track
+
+
+# ── Other libraries ──────────────────────────────────────────────────────────
+
+
+def quiet_libraries() -> None:
+    """Their progress bars and advice would break ours; errors still reach the user as exceptions."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.filterwarnings("ignore")
+    import torch.onnx  # noqa: F401  (sets its loggers' levels when it is imported, so ours come after)
+    from transformers.utils import logging as hf_logging
+
+    for name in ("torch.onnx", "torch.onnx._internal.exporter._registration", "torch.export", "onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()

@@ -100,7 +100,7 @@ def export(
     """
     spec, tokens = _check_arguments(given, keep_ratio, tolerance)
     output = _check_output(output)
-    from infoprune_export.cli import quiet_libraries
+    from infoprune_export.console import quiet_libraries
 
     quiet_libraries()
     from infoprune_export.artifacts import staged

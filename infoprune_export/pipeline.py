@@ -113,14 +113,9 @@ class Run:
 
     def track(self, title: str, total: int) -> Callable[[int], None]:
         """A progress line below the stage's; the returned function advances it."""
-        task = self.progress.add_task(f"  {title}", total=total)
+        from infoprune_export.console import tracker
 
-        def advance(amount: int) -> None:
-            self.progress.advance(task, amount)
-            if self.progress.tasks[self.progress.task_ids.index(task)].finished:
-                self.progress.remove_task(task)
-
-        return advance
+        return tracker(self.progress)(f"  {title}", total)
 
 
 def load_vlm(spec: ModelSpec, device: str, dtype: torch.dtype | None = None) -> VLM:

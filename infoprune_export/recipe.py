@@ -218,6 +218,11 @@ class DecoderSpec(_Spec):
     keep_ratio: Ratio = Fraction(1, 3)
     """R2, of the visual tokens that enter the language model."""
 
+    @property
+    def finds_layer(self) -> bool:
+        """Whether K has to be found; the published methods have layers of their own."""
+        return self.layer == "auto" and self.method in ("infoprune", "random")
+
 
 class ExportSpec(_Spec):
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
@@ -373,7 +378,13 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         InfopruneError: see `load_recipe`.
     """
-    recipe: Recipe = _check(Recipe, _read_mapping(path), path)
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InfopruneError(f"{path}: cannot be read ({error.strerror}); name the folder of a run") from None
+    except (ValueError, RecursionError):
+        raise InfopruneError(f"{path}: not valid JSON; run the recipe again") from None
+    recipe: Recipe = _check(Recipe, tree, path)
     return recipe
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,6 +12,8 @@ from infoprune_export import __version__
 from infoprune_export.errors import InfopruneError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from infoprune_export.recipe import Recipe
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -87,12 +86,22 @@ def bring_up_to(
 ) -> Path:
     """Load the recipe, then bring its run up to stage `last`; returns the stage's folder."""
     checked = read(recipe, overrides, device)
-    quiet_libraries()
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from infoprune_export.console import quiet_libraries
 
+    quiet_libraries()
     from infoprune_export.pipeline import Run, execute, order
     from infoprune_export.stages import STAGES, check_everything
+
+    with progress_bar() as progress:
+        run = Run(checked, output or Path("runs") / checked.name, progress)
+        check_everything(run, exporting="onnx" in order(STAGES, last))
+        return execute(run, STAGES, last, force=force)
+
+
+def progress_bar() -> Progress:
+    """On a terminal only, and gone when done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     columns = (
@@ -102,22 +111,34 @@ def bring_up_to(
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        run = Run(checked, output or Path("runs") / checked.name, progress)
-        check_everything(run, exporting="onnx" in order(STAGES, last))
-        return execute(run, STAGES, last, force=force)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def quiet_libraries() -> None:
-    """Their progress bars and advice would break ours; errors still reach the user as exceptions."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    warnings.filterwarnings("ignore")
-    import torch.onnx  # noqa: F401  (sets its loggers' levels when it is imported, so ours come after)
-    from transformers.utils import logging as hf_logging
+def takes_json(command: Command) -> Command:
+    """--json, as `file`."""
+    return click.option(
+        "--json",
+        "file",
+        type=click.Path(dir_okay=False, path_type=Path),
+        callback=_writable,
+        help="Write the numbers to this file as JSON.",
+    )(command)
 
-    for name in ("torch.onnx", "torch.onnx._internal.exporter._registration", "torch.export", "onnxscript", "onnx_ir"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
+def _writable(_: click.Context, __: click.Parameter, file: Path | None) -> Path | None:
+    """Refused before any work is done."""
+    if file is not None and not file.absolute().parent.is_dir():
+        raise InfopruneError(f"--json: {file.absolute().parent}: no such folder")
+    return file
+
+
+def write_json(file: Path | None, result: Any) -> None:
+    """Write a command's numbers where the user asked for them, if they did."""
+    if file is None:
+        return
+    from infoprune_export.artifacts import canonical_json
+
+    try:
+        file.write_text(canonical_json(result), encoding="utf-8")
+    except OSError as error:
+        raise InfopruneError(f"--json: {file}: {error.strerror}") from None

@@ -8,60 +8,59 @@ from pathlib import Path
 
 import click
 
-from infoprune_export.cli.group import main, quiet_libraries
-from infoprune_export.errors import InfopruneError
+from infoprune_export.cli.group import main, progress_bar, takes_json, write_json
 
 
 @main.command("real-size")
 @click.option("--export", "only", flag_value="export", help="Only what exporting costs.")
 @click.option("--speed", "only", flag_value="speed", help="Only what pruning and INT8 buy.")
+@click.option("--select", "only", flag_value="select", help="Only token selection against other algorithms.")
 @click.option("--rounds", type=click.IntRange(min=3), default=10, show_default=True, help="Rounds of the speed run.")
-@click.option(
-    "--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write the numbers to this file as JSON."
-)
+@takes_json
 def real_size(only: str | None, rounds: int, file: Path | None) -> None:
     """Measure towers of published sizes (CLIP-L/336, Qwen2-VL-7B, Qwen2.5-VL-7B) with random weights.
 
     Export: wall time, peak memory and file size. Speed: 69% of heads removed, half of the FFN neurons, both, and both
-    in INT8, against the dense tower in one interleaved run on one CPU thread. Needs 10 GiB of memory.
+    in INT8, against the dense tower in one interleaved run on one CPU thread. Select: this package's operator against
+    Algorithm 1 as it is printed, Gram-Schmidt and pivoted QR. Needs 10 GiB of memory.
 
     \b
     Example:
       infoprune-export real-size --export
     """
-    if file is not None and not file.absolute().parent.is_dir():
-        raise InfopruneError(f"--json: {file.absolute().parent}: no such folder")
-    quiet_libraries()
-    from rich.console import Console
+    from infoprune_export.console import quiet_libraries
 
+    quiet_libraries()
+    from infoprune_export.console import tracker, wide_console
     from infoprune_export.models.zoo import REAL
     from infoprune_export.recipe import BenchSpec, load_target
-    from infoprune_export.validate import export_cost, real_size
+    from infoprune_export.validate import export_cost, real_size, select_bench
 
-    console, result = Console(), {}
-    if only != "speed":
+    console, result = wide_console(), {}
+    if only in (None, "export"):
         costs = [(name, dtype) for name in REAL for dtype in ("float32", "float16")]
         with console.status("exporting"):
             result["export"] = [export_cost.export_cost(name, dtype) for name, dtype in costs]
         console.print(export_cost.render(result["export"]))
-    if only != "export":
+    if only in (None, "speed"):
         spec, target = BenchSpec(rounds=rounds, warmup=2), load_target("onnxruntime-cpu")
         with console.status("timing"):
             result["speed"] = [
                 row for name in real_size.SPEED_TOWERS for row in real_size.speed_table(name, target, spec)
             ]
         console.print(real_size.render(result["speed"]))
-    if file is not None:
-        file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if only in (None, "select"):
+        with progress_bar() as progress:
+            result["select"] = select_bench.select_speed(select_bench.SIZES, rounds, tracker(progress))
+        console.print(select_bench.render(result["select"]))
+    write_json(file, result)
 
 
 @main.command()
 @click.argument("families", nargs=-1, metavar="[FAMILY]...")
 @click.option("--peer", type=click.Choice(["transformers"]), help="Sweep another exporter's graphs beside ours.")
 @click.option("--every", type=click.IntRange(min=1), default=1, help="Only every N-th case, for a quick look.")
-@click.option(
-    "--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write the numbers to this file as JSON."
-)
+@takes_json
 def parity(families: tuple[str, ...], peer: str | None, every: int, file: Path | None) -> None:
     """Prove exports right on every resolution, with small random models of every family.
 
@@ -73,30 +72,18 @@ def parity(families: tuple[str, ...], peer: str | None, every: int, file: Path |
       infoprune-export parity
       infoprune-export parity qwen2.5-vl --peer transformers --json parity.json
     """
-    if file is not None and not file.absolute().parent.is_dir():
-        raise InfopruneError(f"--json: {file.absolute().parent}: no such folder")
-    quiet_libraries()
-    from rich.console import Console
-    from rich.progress import Progress
+    from infoprune_export.console import quiet_libraries
 
+    quiet_libraries()
+    from infoprune_export.console import wide_console
     from infoprune_export.validate.sweep import render, sweep
 
-    progress_console = Console(stderr=True)
-    with Progress(console=progress_console, transient=True, disable=not progress_console.is_terminal) as progress:
+    with progress_bar() as progress:
         result = sweep(families, peer=peer, every=every, progress=progress)
-    console = Console()
-    if not console.is_terminal:
-        # Whoever reads a log has more than 80 columns.
-        console.width = 120
+    console = wide_console()
     for part in render(result):
         console.print(part)
-    if file is not None:
-        from infoprune_export.artifacts import canonical_json
-
-        try:
-            file.write_text(canonical_json(result.to_dict()), encoding="utf-8")
-        except OSError as error:
-            raise InfopruneError(f"--json: {file}: {error.strerror}") from None
+    write_json(file, result.to_dict())
     sys.exit(0 if result.right else 1)
 
 

@@ -9,7 +9,15 @@ from typing import Any
 
 import click
 
-from infoprune_export.cli.group import bring_up_to, main, quiet_libraries, read, takes_recipe
+from infoprune_export.cli.group import (
+    bring_up_to,
+    main,
+    progress_bar,
+    read,
+    takes_json,
+    takes_recipe,
+    write_json,
+)
 
 
 @main.command()
@@ -124,6 +132,48 @@ def bench(real_size: bool, **options: Any) -> None:
     print_bench(json.loads((folder / "bench.json").read_text(encoding="utf-8")))
 
 
+@main.command("first-token")
+@takes_recipe
+@click.option("--real-size", is_flag=True, help="Time a model of 0.9 B random weights at the recipe's budgets instead.")
+@click.option("--memory/--no-memory", default=True, help="Also measure peak memory, each model in its own process.")
+@takes_json
+def first_token(real_size: bool, memory: bool, file: Path | None, **options: Any) -> None:
+    """Measure time to first token and peak memory of the whole model: unpruned, compressed, and with Stage 2.
+
+    From preprocessed pixels to the first answer token: encoder, selection, prefill; interleaved in one run. The
+    unpruned model runs in the same engine and with the same attention kernels.
+
+    \b
+    Example:
+      infoprune-export first-token quickstart --real-size --set tokens.keep_ratio=1/9
+    """
+    from contextlib import ExitStack
+    from tempfile import TemporaryDirectory
+
+    checked = read(options["recipe"], options["overrides"], options["device"])
+    folder = None if real_size else bring_up_to("engine", **options).parent
+    if folder is not None and checked.decoder.method != "none":
+        bring_up_to("decoder", **{**options, "force": False})
+    from infoprune_export.console import quiet_libraries
+
+    quiet_libraries()
+    from infoprune_export.console import tracker, wide_console
+    from infoprune_export.validate import first_token, first_token_models
+
+    with ExitStack() as stack:
+        progress = stack.enter_context(progress_bar())
+        if folder is not None:
+            prepare: Any = first_token_models.contest_of_run
+            arguments: tuple[Any, ...] = (folder,)
+        else:
+            exported = Path(stack.enter_context(TemporaryDirectory()))
+            first_token_models.export_real_size(checked, exported)
+            prepare, arguments = first_token_models.contest_of_real_size, (checked, exported)
+        result = first_token.measure(prepare, arguments, checked.bench, tracker(progress), memory=memory)
+    wide_console().print(first_token.render(result))
+    write_json(file, result)
+
+
 @main.command()
 @takes_recipe
 def report(**options: Any) -> None:
@@ -171,6 +221,8 @@ def _bench_real_size(
     recipe: str, overrides: tuple[str, ...], output: Path | None, device: str | None, force: bool
 ) -> None:
     checked = read(recipe, overrides, device)
+    from infoprune_export.console import quiet_libraries
+
     quiet_libraries()
     from infoprune_export.console import print_bench, print_selection
     from infoprune_export.recipe import load_target

@@ -73,6 +73,27 @@ def make_baseline(run: Run, folder: Path) -> None:
     (folder / "answers.json").write_text(canonical_json(answers), encoding="utf-8")
 
 
+_SATURATION_IMAGES = 64
+
+
+def make_decoder(run: Run, folder: Path) -> None:
+    """Settle the layer of Stage 2: the recipe's, or where the original's signals saturate on calibration images."""
+    from infoprune_export.tokens.saturation import find_layer, measure_samples
+
+    found: dict[str, Any] = {"layer": None, "signals": None}
+    if run.recipe.decoder.finds_layer:
+        samples = run.split.calibration[:_SATURATION_IMAGES]
+        signals = measure_samples(
+            run.original,
+            samples,
+            _encoder_of(run.original, run.recipe.tokens),
+            labelled=run.split.labelled,
+            on_batch=run.track("saturation signals", len(samples)),
+        )
+        found = {"layer": find_layer(signals), "signals": signals.to_dict()}
+    (folder / LAYER).write_text(canonical_json(found), encoding="utf-8")
+
+
 # ── Compression ──────────────────────────────────────────────────────────────
 
 

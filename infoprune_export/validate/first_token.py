@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -51,11 +51,35 @@ class Contest:
     question: str
 
 
+Prepare = Callable[..., Contest]
+
+
+def measure(
+    prepare: Prepare,
+    arguments: tuple[Any, ...],
+    spec: BenchSpec,
+    track: Callable[[str, int], Callable[[int], None]],
+    *,
+    memory: bool = True,
+) -> dict[str, Any]:
+    """`first_token` of the contest that `prepare` makes, with `peak_memory` as ``peak_bytes`` in its rows."""
+    torch.set_num_threads(spec.threads)
+    advance = track("first tokens", len(spec.batch_sizes) * (spec.rounds + spec.warmup))
+    result = first_token(prepare(*arguments), spec, on_round=lambda _: advance(1))
+    if memory:
+        advance = track("peak memory", len(result["rows"]))
+        for row in result["rows"]:
+            row["peak_bytes"] = peak_memory(prepare, arguments, row["side"], row["batch_size"])
+            advance(1)
+    return result
+
+
 def first_token(
     contest: Contest, spec: BenchSpec, *, on_round: Callable[[int], None] = lambda index: None
 ) -> dict[str, Any]:
     """One row per batch size and side: milliseconds to the first token and in the encoder, and the paired ratio to the
-    unpruned side with its 95% interval, all from one interleaved run; visual tokens per image."""
+    unpruned side with its 95% interval, all from one interleaved run; visual tokens per image.
+    """
     rows = []
     for batch_size in spec.batch_sizes:
         inputs = contest.inputs(batch_size)
@@ -100,24 +124,22 @@ def _wait(vlm: VLM) -> None:
 
 # ── Memory ───────────────────────────────────────────────────────────────────
 
-Prepare = Callable[..., Contest]
 
+def peak_memory(prepare: Prepare, arguments: tuple[Any, ...], side: str, batch_size: int) -> int:
+    """Bytes that one answer of a side needs on top of the loaded models, measured in a process of its own.
 
-def peak_memory(prepare: Prepare, arguments: Sequence[Any], sides: Sequence[str], batch_size: int) -> dict[str, int]:
-    """Bytes that one answer needs on top of the loaded models, by side, each in a process of its own.
-
-    On a CPU (Linux) the growth of the largest resident size, on a GPU what torch allocated at most. `prepare` is a module-level
-    function; it makes the contest anew from `arguments` in every process.
+    On a CPU (Linux) the growth of the largest resident size, on a GPU what torch allocated at most. `prepare` must be a
+    function of a module; it makes the contest anew from `arguments`.
     """
     context = multiprocessing.get_context("spawn")
-    peaks = {}
-    for side in sides:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            peaks[side] = pool.submit(_peak, prepare, tuple(arguments), side, batch_size).result()
-    return peaks
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_peak, prepare, arguments, side, batch_size).result()
 
 
 def _peak(prepare: Prepare, arguments: tuple[Any, ...], side: str, batch_size: int) -> int:
+    from infoprune_export.console import quiet_libraries
+
+    quiet_libraries()
     contest = prepare(*arguments)
     vlm, inputs = contest.vlm, contest.inputs(batch_size)
     gc.collect()

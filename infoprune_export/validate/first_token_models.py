@@ -48,8 +48,8 @@ def contest_of_run(folder: Path) -> Contest:
 def contest_of_real_size(recipe: Recipe, exported: Path) -> Contest:
     """`zoo`'s llava-0.5b (CLIP-L/336 before a Llama of 24 layers) and what the recipe's budgets make of it.
 
-    `exported` is what `export_real_size` wrote. Without a decoder section in the recipe, Stage 2 is the paper's: a third
-    of the tokens behind the middle layer.
+    `exported` is what `export_real_size` wrote. A recipe without a decoder section gets the paper's Stage 2: a third of
+    the tokens stays behind the middle layer.
     """
     model = random_model(_WHOLE)
     vlm = VLM(model, testbed.build_processor(), tower_of(model))
