@@ -29,6 +29,7 @@ def test_wheel_carries_recipes_targets_template_and_testbed(wheel):
         "infoprune_export/assets/recipes/quickstart.yaml",
         "infoprune_export/assets/targets/onnxruntime-cpu.yaml",
         "infoprune_export/validate/report.html.j2",
+        "infoprune_export/analysis/analysis.html.j2",
         "infoprune_export/data/checkpoints/tiny-llava/model.safetensors",
         "infoprune_export/data/checkpoints/tiny-llava/processor_config.json",
     ):

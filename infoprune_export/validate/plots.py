@@ -22,7 +22,7 @@ BEFORE, AFTER, GONE, ALERT = "#8a94a6", "#1668b8", "#e3e7ee", "#b3261e"
 
 def head_map(total: Sequence[int], kept: Sequence[Sequence[int]]) -> str:
     """Blocks from bottom to top, heads from left to right; filled squares stay."""
-    figure = _figure(0.32 * max(total) + 1.6, 0.32 * len(total) + 0.9)
+    figure = blank(0.32 * max(total) + 1.6, 0.32 * len(total) + 0.9)
     axes = figure.add_subplot()
     for block, (count, heads) in enumerate(zip(total, kept, strict=True)):
         for head in range(count):
@@ -32,14 +32,14 @@ def head_map(total: Sequence[int], kept: Sequence[Sequence[int]]) -> str:
     axes.set(xlim=(0, max(total) + 1.6), ylim=(0, len(total)), xlabel="head", ylabel="block")
     axes.set_xticks(np.arange(max(total)) + 0.5, [str(h) for h in range(max(total))])
     axes.set_yticks(np.arange(len(total)) + 0.5, [str(b) for b in range(len(total))])
-    _clean(axes)
-    return _svg(figure)
+    tidy(axes)
+    return to_svg(figure)
 
 
 def ffn_bars(widths: Sequence[int], choices: Sequence[dict[str, Any]]) -> str:
     """What is left of every FFN, over its original width."""
     sizes = [len(choice["neurons"]) if choice["kind"] == "mlp" else choice["rank"] for choice in choices]
-    figure = _figure(5.0, 0.32 * len(widths) + 0.9)
+    figure = blank(5.0, 0.32 * len(widths) + 0.9)
     axes = figure.add_subplot()
     rows = np.arange(len(widths))
     axes.barh(rows, widths, color=GONE, height=0.8)
@@ -49,13 +49,13 @@ def ffn_bars(widths: Sequence[int], choices: Sequence[dict[str, Any]]) -> str:
         axes.text(max(widths) * 1.01, int(row), f"{size} {unit}", va="center", color="#444")
     axes.set(xlim=(0, max(widths) * 1.3), ylabel="block", xlabel="neurons")
     axes.set_yticks(rows, [str(row) for row in rows])
-    _clean(axes)
-    return _svg(figure)
+    tidy(axes)
+    return to_svg(figure)
 
 
 def accuracy_steps(rows: Sequence[dict[str, Any]], metric: str) -> str:
     """Accuracy after each step with 95% intervals, against the original's level."""
-    figure = _figure(5.4, 2.7)
+    figure = blank(5.4, 2.7)
     axes = figure.add_subplot()
     places = np.arange(len(rows))
     values = [row["percent"] for row in rows]
@@ -70,13 +70,13 @@ def accuracy_steps(rows: Sequence[dict[str, Any]], metric: str) -> str:
     )
     axes.set(ylabel=f"{metric}, %", ylim=(low - 1, min(high + 2, 101.5)), xlim=(-0.3, len(rows) - 0.4))
     axes.set_xticks(places, [row["step"] for row in rows])
-    _clean(axes)
-    return _svg(figure)
+    tidy(axes)
+    return to_svg(figure)
 
 
 def latency_bars(rows: Sequence[dict[str, Any]]) -> str:
     """Median latency per image before and after, for every batch size, with the 90th percentile as whisker."""
-    figure = _figure(5.4, 2.7)
+    figure = blank(5.4, 2.7)
     axes = figure.add_subplot()
     places = np.arange(len(rows))
     for offset, side, colour in ((-0.2, "original", BEFORE), (0.2, "compressed", AFTER)):
@@ -96,21 +96,21 @@ def latency_bars(rows: Sequence[dict[str, Any]]) -> str:
     axes.set(ylabel="ms per image", ylim=(0, max(tops) * 1.3))
     axes.set_xticks(places, [f"batch {row['batch_size']}" for row in rows])
     axes.legend(frameon=False, ncols=2, loc="upper right")
-    _clean(axes)
-    return _svg(figure)
+    tidy(axes)
+    return to_svg(figure)
 
 
 def gate_history(history: Sequence[dict[str, float]]) -> str:
     """Loss terms over epochs."""
-    figure = _figure(5.4, 2.4)
+    figure = blank(5.4, 2.4)
     axes = figure.add_subplot()
     epochs = np.arange(1, len(history) + 1)
     for term in ("task", "mean_gate", "distance"):
         axes.plot(epochs, [epoch[term] for epoch in history], "o-", ms=3, label=term.replace("_", " "))
     axes.set(xlabel="epoch", ylim=(0, None))
     axes.legend(frameon=False, ncols=3)
-    _clean(axes)
-    return _svg(figure)
+    tidy(axes)
+    return to_svg(figure)
 
 
 def kept_tokens(pixels: NDArray[np.uint8], kept: Sequence[int], rows: int, columns: int) -> str:
@@ -132,16 +132,19 @@ def kept_tokens(pixels: NDArray[np.uint8], kept: Sequence[int], rows: int, colum
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank(width: float, height: float) -> Figure:
+    """An empty figure of so many inches."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _clean(axes: Any) -> None:
+def tidy(axes: Any) -> None:
+    """Without the frame's top and right, and without tick marks."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(length=0)
 
 
-def _svg(figure: Figure) -> str:
+def to_svg(figure: Figure) -> str:
+    """The figure as an SVG element for a page, the same bytes every time."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     text = buffer.getvalue()

@@ -234,8 +234,8 @@ def _sample_selections(subject: Subject) -> list[dict[str, Any]]:
     tower, inputs = subject.original.tower, inputs_of(subject.original, samples)
     form = form_of(tower, subject.recipe.tokens, subject.recipe.export.several)
     run = through(subject.engine)
-    kept = [row for planned in tower.calls(inputs, form) for row in run(planned)[KEPT]]
-    return [{"image": sample.image.name, "kept": row[row >= 0].tolist()} for sample, row in zip(samples, kept, strict=True)]
+    kept = [row[row >= 0] for planned in tower.calls(inputs, form) for row in run(planned)[KEPT]]
+    return [{"image": sample.image.name, "kept": row.tolist()} for sample, row in zip(samples, kept, strict=True)]
 
 
 # ── Checks ───────────────────────────────────────────────────────────────────
