@@ -3,10 +3,11 @@
 Stages of `export_onnx`:
 
 1. `VisionEncoder` puts tower, selection and projector behind one ``forward`` on planned tensors.
-2. ``torch.onnx.export`` traces it in the dtype of its weights, with every extent dynamic that varies between images;
-   the prior and the selection become one ``infoprune::ReceivedAttention`` and one ``infoprune::TokenSelect`` node. Rotary angles, RMSNorm's mean square, the token prior and
-   the selection are fp32 in every dtype, because the PyTorch code says so; LayerNormalization is by its definition.
-3. Stack traces with local paths are removed from the graph, and the operator's function body is attached.
+2. ``torch.onnx.export`` traces it in the dtype of its weights, with every extent dynamic that varies between images.
+   Prior and selection become one ``infoprune::ReceivedAttention`` and one ``infoprune::TokenSelect`` node. Both, rotary
+   angles and RMSNorm's mean square are fp32 in every dtype, because the PyTorch code says so; LayerNormalization is by
+   its definition.
+3. Stack traces with local paths are removed from the graph, and the operators' function bodies are attached.
 4. The file is written, weights beside it, and checked by onnx.
 """
 

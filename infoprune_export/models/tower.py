@@ -143,8 +143,11 @@ class VisionTower(ABC):
 
     @abstractmethod
     def visual_tokens(self, activations: Activations, planned: Planned) -> Tensor:
-        """What selection chooses from, [B, N, E]. Where images differ in size, N is the largest's, see `token_counts`;
-        without selection all images follow each other in one row."""
+        """What selection chooses from, [B, N, E].
+
+        Where images differ in size, N is the largest's, see `token_counts`; without selection all images follow each
+        other in one row.
+        """
 
     def token_counts(self, tokens: Tensor, planned: Planned) -> Tensor:
         """How many of the `visual_tokens` [B, N, E] of each image are its own, int64 [B]; the rest is padding."""
@@ -207,7 +210,9 @@ class VisionTower(ABC):
     def ffn_shapes(self) -> list[FfnShape]:
         return [block.ffn_shape for block in self.blocks]
 
-    def _attending(self, activations: Activations, context: Context, block: int) -> tuple[Block, Tensor, Tensor, Tensor]:
+    def _attending(
+        self, activations: Activations, context: Context, block: int
+    ) -> tuple[Block, Tensor, Tensor, Tensor]:
         """A block, with its queries, keys and values [..., H, head_dim]."""
         number = block % len(self.blocks)
         stream = activations.before_last if number == len(self.blocks) - 1 else activations.taps[number - 1]
