@@ -1,0 +1,310 @@
+"""Selectors of visual tokens side by side: the same images, questions and language model, one table.
+
+A method is a name of `tokens.selector.METHODS`, which acts in front of the language model, or ``decoder:`` and a method
+of a recipe's decoder section, which acts inside it. The model is as it came: no head and no neuron is removed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, get_args
+
+import numpy as np
+import pydantic
+import torch
+from numpy.typing import NDArray
+from rich.table import Table
+from torch import Tensor
+
+from infoprune_export.data import dataset
+from infoprune_export.data.dataset import Split
+from infoprune_export.data.vqa import Sample
+from infoprune_export.errors import InfopruneError
+from infoprune_export.models.tower import VisionTower
+from infoprune_export.models.vlm import VLM, VisualTokens, check_model
+from infoprune_export.recipe import DecoderSpec, Recipe, TokensSpec
+from infoprune_export.tokens.baselines import spatial
+from infoprune_export.tokens.decoder import Trace
+from infoprune_export.tokens.decoder_methods import decoding_of
+from infoprune_export.tokens.encoder import FEATURES, KEPT, VisionEncoder, check_selection, encode
+from infoprune_export.tokens.saturation import find_layer, measure_samples
+from infoprune_export.tokens.selector import METHODS
+from infoprune_export.validate.accuracy import Encode, agreement_scores, collect_answers, estimate, vqa_scores
+
+Track = Callable[[str, int], Callable[[int], None]]
+"""A progress line's title and total to the function that advances it."""
+UNPRUNED, REFERENCE, DECODER = "none", "infoprune", "decoder:"
+ALL = (
+    *METHODS,
+    *(DECODER + name for name in get_args(DecoderSpec.model_fields["method"].annotation) if name != UNPRUNED),
+)
+_DRAWN = ("random", DECODER + "random")
+_LAYERED = (DECODER + "infoprune", DECODER + "random")
+"""They drop behind the recipe's layer; the published ones have layers of their own."""
+_SATURATION_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One method at one share, with one seed."""
+
+    answers: list[list[str]]
+    peak: float
+    mean: float
+    milliseconds: list[float]
+
+
+def compare_tokens(
+    recipe: Recipe, methods: Sequence[str], ratios: Sequence[Fraction], track: Track, *, seeds: int = 3
+) -> list[dict[str, Any]]:
+    """One row per method and kept share, behind a row of the unpruned model; `compare` says what is in it.
+
+    Model, data, seed of the drawn scenes, device, decoder layer and the settings of ``infoprune`` are the recipe's.
+
+    Raises:
+        InfopruneError: see `compare`; also what the recipe's model or data lack.
+    """
+    from infoprune_export.device import resolve_device
+    from infoprune_export.pipeline import load_vlm
+
+    check_model(recipe.model)
+    dataset.check(recipe.data)
+    vlm = load_vlm(recipe.model, resolve_device(recipe.device))
+    _checked(vlm, recipe, methods, ratios, seeds)
+    with tempfile.TemporaryDirectory() as folder:
+        if recipe.data.images is None:
+            dataset.draw_scenes(Path(folder), recipe.data, recipe.seed)
+        split = dataset.read(recipe.data, Path(folder))
+        return compare(vlm, split, recipe, methods, ratios, track, seeds=seeds)
+
+
+def compare(
+    vlm: VLM,
+    split: Split,
+    recipe: Recipe,
+    methods: Sequence[str],
+    ratios: Sequence[Fraction],
+    track: Track,
+    *,
+    seeds: int = 3,
+) -> list[dict[str, Any]]:
+    """`compare_tokens` of a model and data that are there; the validation images are used.
+
+    A row holds
+
+    - ``method`` and ``keep``, its share as text;
+    - ``accuracy``, and its paired differences ``to_unpruned`` and ``to_infoprune`` (at the same share): `Estimate`, in
+      percent, standard errors clustered by image. Where no answers are known, agreement with the unpruned model;
+    - ``tokens_peak`` and ``tokens_mean``: visual tokens in the language model's fullest layer, and on average over its
+      layers; means over the questions;
+    - ``selection_ms``: median milliseconds per image from finished visual tokens to the choice, attention and merge
+      included, in the encoder's own calls; None where nothing is chosen behind the tower;
+    - ``refused``: None, or why this model cannot be served at this share, and then nothing else.
+
+    ``infoprune`` is always there. What is drawn at random is drawn `seeds` times, and a question's score is the mean.
+    ``decoder:infoprune`` and ``decoder:random`` use the recipe's layer, or find one on calibration images.
+
+    Raises:
+        InfopruneError: unknown method; ratio outside (0, 1]; no seed; ``infoprune`` does not fit this model.
+    """
+    samples, names = split.validation, _checked(vlm, recipe, methods, ratios, seeds)
+    layer = _found_layer(vlm, split, recipe, track) if set(names) & set(_LAYERED) else None
+    plans = [(name, keep, _sections(vlm, recipe, name, keep, layer)) for keep in ratios for name in names]
+    baseline = _trial(vlm, samples, TokensSpec(method="none"), DecoderSpec(), 0, track(UNPRUNED, len(samples)))
+
+    def scores_of(trials: Sequence[_Trial]) -> NDArray[np.float64]:
+        """The mean over the trials of every question's score."""
+        if split.labelled:
+            return np.mean([vqa_scores(samples, trial.answers) for trial in trials], axis=0)
+        return np.mean([agreement_scores(trial.answers, baseline.answers) for trial in trials], axis=0)
+
+    unpruned = scores_of([baseline])
+    reference: dict[Fraction, NDArray[np.float64]] = {}
+    rows = [{**_row(samples, UNPRUNED, Fraction(1), [baseline], unpruned, unpruned), "to_infoprune": None}]
+    for name, keep, sections in plans:
+        if isinstance(sections, str):
+            rows.append({"method": name, "keep": str(keep), "refused": sections})
+            continue
+        draws = seeds if name in _DRAWN else 1
+        advance = track(f"{name} {keep}", draws * len(samples))
+        trials = [_trial(vlm, samples, *sections, seed, advance) for seed in range(draws)]
+        scores = scores_of(trials)
+        lead = estimate(samples, scores - reference.setdefault(keep, scores))
+        rows.append({**_row(samples, name, keep, trials, scores, unpruned), "to_infoprune": lead.to_dict()})
+    return rows
+
+
+def _row(
+    samples: Sequence[Sample],
+    method: str,
+    keep: Fraction,
+    trials: Sequence[_Trial],
+    scores: NDArray[np.float64],
+    unpruned: NDArray[np.float64],
+) -> dict[str, Any]:
+    clock = [value for trial in trials for value in trial.milliseconds]
+    return {
+        "method": method,
+        "keep": str(keep),
+        "accuracy": estimate(samples, scores).to_dict(),
+        "to_unpruned": estimate(samples, scores - unpruned).to_dict(),
+        "tokens_peak": trials[0].peak,
+        "tokens_mean": trials[0].mean,
+        "selection_ms": median(clock) if clock else None,
+        "refused": None,
+    }
+
+
+# ── For a command ────────────────────────────────────────────────────────────
+
+
+def share(text: str) -> Fraction:
+    """A kept share as a recipe has it, ``0.5`` or ``64/576``.
+
+    Raises:
+        InfopruneError: it is no number, or outside (0, 1].
+    """
+    try:
+        return TokensSpec.model_validate({"keep_ratio": text}).keep_ratio
+    except pydantic.ValidationError as error:
+        raise InfopruneError(f"--keep: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+
+
+def render(rows: Sequence[dict[str, Any]]) -> Table:
+    """Rows of `compare` as a table: percent with standard errors, visual tokens, milliseconds; below it, refusals."""
+    table = Table(
+        "method", "keep", "accuracy", "to unpruned", "to infoprune", "tokens by layer", "peak", "ms per image"
+    )
+    for before, row in zip([None, *rows], rows, strict=False):
+        if before is not None and before["keep"] != row["keep"]:
+            table.add_section()
+        if row["refused"] is not None:
+            table.add_row(row["method"], row["keep"], "refused")
+            continue
+        differences = [_percent(row[name], "+.1f") if row[name] else "" for name in ("to_unpruned", "to_infoprune")]
+        table.add_row(
+            row["method"],
+            row["keep"],
+            _percent(row["accuracy"], ".1f"),
+            *differences,
+            f"{row['tokens_mean']:.1f}",
+            f"{row['tokens_peak']:.1f}",
+            "" if row["selection_ms"] is None else f"{row['selection_ms']:.2f}",
+        )
+    refused = [f"{row['method']} {row['keep']}: {row['refused']}" for row in rows if row["refused"] is not None]
+    table.caption = "\n".join(refused) or None
+    return table
+
+
+def _percent(estimated: dict[str, Any], form: str) -> str:
+    return f"{estimated['percent']:{form}} ± {estimated['standard_error']:.1f}"
+
+
+# ── What is compared ─────────────────────────────────────────────────────────
+
+
+def _checked(vlm: VLM, recipe: Recipe, methods: Sequence[str], ratios: Sequence[Fraction], seeds: int) -> list[str]:
+    """The methods in their order, each once, behind the one that all are compared with."""
+    names = [REFERENCE, *(name for name in dict.fromkeys(methods) if name not in (REFERENCE, UNPRUNED))]
+    if unknown := [name for name in names if name not in ALL]:
+        raise InfopruneError(f"method {unknown[0]!r}: there are {', '.join(ALL)}")
+    if outside := [keep for keep in ratios if not 0 < keep <= 1]:
+        raise InfopruneError(f"keep ratio {outside[0]} is outside (0, 1]: keep at least one token and at most all")
+    if seeds < 1:
+        raise InfopruneError(f"seeds = {seeds}: at least 1 is needed")
+    check_selection(vlm.tower, recipe.tokens.model_copy(update={"method": REFERENCE}))
+    return names
+
+
+def _found_layer(vlm: VLM, split: Split, recipe: Recipe, track: Track) -> int:
+    """K of the recipe's own method: its number, or where the unpruned model's signals saturate."""
+    if recipe.decoder.layer != "auto":
+        return recipe.decoder.layer
+    samples = split.calibration[:_SATURATION_IMAGES]
+    encoder, advance = VisionEncoder(vlm.tower, None), track("saturation signals", len(samples))
+    return find_layer(measure_samples(vlm, samples, encoder.encode, labelled=split.labelled, on_batch=advance))
+
+
+def _sections(
+    vlm: VLM, recipe: Recipe, method: str, keep: Fraction, layer: int | None
+) -> tuple[TokensSpec, DecoderSpec] | str:
+    """The recipe's sections with one method at work, or why it cannot serve this model."""
+    tokens, decoder = TokensSpec(method="none"), DecoderSpec()
+    try:
+        if method.startswith(DECODER):
+            settings = {"method": method.removeprefix(DECODER), "layer": layer if method in _LAYERED else "auto"}
+            decoder = recipe.decoder.model_copy(update={**settings, "keep_ratio": keep})
+            decoding_of(decoder, vlm.model)
+        else:
+            tokens = recipe.tokens.model_copy(update={"method": method, "keep_ratio": keep})
+            check_selection(vlm.tower, tokens)
+    except InfopruneError as error:
+        return str(error)
+    return tokens, decoder
+
+
+# ── One trial ────────────────────────────────────────────────────────────────
+
+
+def _trial(
+    vlm: VLM,
+    samples: Sequence[Sample],
+    tokens: TokensSpec,
+    decoder: DecoderSpec,
+    seed: int,
+    on_batch: Callable[[int], None],
+) -> _Trial:
+    clock: list[float] = []
+    lengths: list[int] = []
+    traces: list[Trace] = []
+    see = _encoder(vlm.tower, tokens, seed, clock)
+
+    def counted(inputs: dict[str, Tensor]) -> VisualTokens:
+        visual = see(inputs)
+        lengths.extend(len(features) for features in visual.features)
+        return visual
+
+    inside = decoding_of(decoder, vlm.model, seed=seed, on_trace=traces.append)
+    answers = collect_answers(vlm, samples, counted, on_batch=on_batch, decoder=inside)
+    peak = mean = float(np.average(lengths, weights=[len(sample.questions) for sample in samples]))
+    if traces:
+        peak, mean = (
+            float(torch.cat(v).double().mean()) for v in zip(*((t.peak, t.average) for t in traces), strict=True)
+        )
+    return _Trial(answers, peak, mean, clock)
+
+
+def _encoder(tower: VisionTower, tokens: TokensSpec, seed: int, clock: list[float]) -> Encode:
+    """What `VisionEncoder` does, with `seed` where something is drawn, and the milliseconds of each selection noted."""
+    encoder = VisionEncoder(tower, tokens)
+    if not encoder.form.selecting:
+        return encoder.encode
+    select = partial(spatial.random, seed=seed) if tokens.method == "random" else METHODS[tokens.method].load()
+
+    def run(planned: dict[str, Tensor]) -> dict[str, Tensor]:
+        candidates = encoder.candidates(planned)
+        images = len(candidates.tokens)  # made in front of the clock, because the unpruned model makes them too
+        started = _now(candidates.tokens)
+        selection = select(candidates, tokens)
+        clock.append(1e3 * (_now(selection.tokens) - started) / images)
+        places = tower.kept_positions(selection.kept.clamp_min(0), planned)
+        return {
+            FEATURES: tower.project(selection.tokens),
+            KEPT: torch.where(selection.kept < 0, selection.kept, places),
+        }
+
+    return partial(encode, tower, encoder.form, tokens, run)
+
+
+def _now(tensor: Tensor) -> float:
+    """Seconds, once the tensor's device has nothing left to do."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+    return time.perf_counter()
