@@ -1,7 +1,12 @@
 """Selectors of visual tokens side by side: the same images, questions and language model, one table.
 
-A method is a name of `tokens.selector.METHODS`, which acts in front of the language model, or ``decoder:`` and a method
-of a recipe's decoder section, which acts inside it. The model is as it came: no head and no neuron is removed.
+A method is a name of `tokens.selector.METHODS`, which acts in front of the language model, ``decoder:`` and a method of
+a recipe's decoder section, which acts inside it, or ``two-stage``, this package's two together. The model is as it came:
+no head and no neuron is removed.
+
+Methods are matched by the mean number of visual tokens over the language model's layers, and their peak is shown. Where
+a method inside it cannot come down to the mean, because layers in front of its first drop see all tokens, it keeps
+the share behind its layers instead: more tokens than the others, and marked.
 """
 
 from __future__ import annotations
@@ -32,21 +37,24 @@ from infoprune_export.models.vlm import VLM, VisualTokens, check_model
 from infoprune_export.recipe import DecoderSpec, Recipe, TokensSpec
 from infoprune_export.tokens.baselines import spatial
 from infoprune_export.tokens.decoder import Trace
-from infoprune_export.tokens.decoder_methods import decoding_of
+from infoprune_export.tokens.decoder_methods import decoding_of, steps_of
 from infoprune_export.tokens.encoder import FEATURES, KEPT, VisionEncoder, check_selection, encode
 from infoprune_export.tokens.saturation import find_layer, measure_samples
 from infoprune_export.tokens.selector import METHODS
+from infoprune_export.tokens.steps import tokens_per_layer
+from infoprune_export.tokens.watch import text_model
 from infoprune_export.validate.accuracy import Encode, agreement_scores, collect_answers, estimate, vqa_scores
 
 Track = Callable[[str, int], Callable[[int], None]]
 """A progress line's title and total to the function that advances it."""
-UNPRUNED, REFERENCE, DECODER = "none", "infoprune", "decoder:"
+UNPRUNED, REFERENCE, DECODER, TWO_STAGE = "none", "infoprune", "decoder:", "two-stage"
 ALL = (
     *METHODS,
+    TWO_STAGE,
     *(DECODER + name for name in get_args(DecoderSpec.model_fields["method"].annotation) if name != UNPRUNED),
 )
 _DRAWN = ("random", DECODER + "random")
-_LAYERED = (DECODER + "infoprune", DECODER + "random")
+_LAYERED = (DECODER + "infoprune", DECODER + "random", TWO_STAGE)
 """They drop behind the recipe's layer; the published ones have layers of their own."""
 _SATURATION_IMAGES = 64
 
@@ -104,12 +112,14 @@ def compare(
       percent, standard errors clustered by image. Where no answers are known, agreement with the unpruned model;
     - ``tokens_peak`` and ``tokens_mean``: visual tokens in the language model's fullest layer, and on average over its
       layers; means over the questions;
+    - ``matched``: whether that average is the share, as far as whole tokens allow;
     - ``selection_ms``: median milliseconds per image from finished visual tokens to the choice, attention and merge
       included, in the encoder's own calls; None where nothing is chosen behind the tower;
     - ``refused``: None, or why this model cannot be served at this share, and then nothing else.
 
     ``infoprune`` is always there. What is drawn at random is drawn `seeds` times, and a question's score is the mean.
-    ``decoder:infoprune`` and ``decoder:random`` use the recipe's layer, or find one on calibration images.
+    ``decoder:infoprune``, ``decoder:random`` and ``two-stage`` use the recipe's layer, or find one on calibration
+    images; ``two-stage`` drops to the recipe's ``decoder.keep_ratio`` there.
 
     Raises:
         InfopruneError: unknown method; ratio outside (0, 1]; no seed; ``infoprune`` does not fit this model.
@@ -127,17 +137,20 @@ def compare(
 
     unpruned = scores_of([baseline])
     reference: dict[Fraction, NDArray[np.float64]] = {}
-    rows = [{**_row(samples, UNPRUNED, Fraction(1), [baseline], unpruned, unpruned), "to_infoprune": None}]
+    first = _row(samples, UNPRUNED, Fraction(1), [baseline], unpruned, unpruned)
+    rows = [{**first, "to_infoprune": None, "matched": True}]
     for name, keep, sections in plans:
         if isinstance(sections, str):
             rows.append({"method": name, "keep": str(keep), "refused": sections})
             continue
+        tokens, decoder, matched = sections
         draws = seeds if name in _DRAWN else 1
         advance = track(f"{name} {keep}", draws * len(samples))
-        trials = [_trial(vlm, samples, *sections, seed, advance) for seed in range(draws)]
+        trials = [_trial(vlm, samples, tokens, decoder, seed, advance) for seed in range(draws)]
         scores = scores_of(trials)
         lead = estimate(samples, scores - reference.setdefault(keep, scores))
-        rows.append({**_row(samples, name, keep, trials, scores, unpruned), "to_infoprune": lead.to_dict()})
+        row = _row(samples, name, keep, trials, scores, unpruned)
+        rows.append({**row, "to_infoprune": lead.to_dict(), "matched": matched})
     return rows
 
 
@@ -194,11 +207,13 @@ def render(rows: Sequence[dict[str, Any]]) -> Table:
             row["keep"],
             _percent(row["accuracy"], ".1f"),
             *differences,
-            f"{row['tokens_mean']:.1f}",
+            f"{row['tokens_mean']:.1f}{'' if row['matched'] else ' *'}",
             f"{row['tokens_peak']:.1f}",
             "" if row["selection_ms"] is None else f"{row['selection_ms']:.2f}",
         )
     refused = [f"{row['method']} {row['keep']}: {row['refused']}" for row in rows if row["refused"] is not None]
+    if not all(row["refused"] or row["matched"] for row in rows):
+        refused.append("* cannot come down to the mean; the share is what stays behind its layers")
     table.caption = "\n".join(refused) or None
     return table
 
@@ -234,20 +249,49 @@ def _found_layer(vlm: VLM, split: Split, recipe: Recipe, track: Track) -> int:
 
 def _sections(
     vlm: VLM, recipe: Recipe, method: str, keep: Fraction, layer: int | None
-) -> tuple[TokensSpec, DecoderSpec] | str:
-    """The recipe's sections with one method at work, or why it cannot serve this model."""
-    tokens, decoder = TokensSpec(method="none"), DecoderSpec()
+) -> tuple[TokensSpec, DecoderSpec, bool] | str:
+    """The recipe's sections with one method at work, and whether its mean is `keep`; or why it fits not this model."""
+    tokens, decoder, matched = TokensSpec(method="none"), DecoderSpec(), True
     try:
-        if method.startswith(DECODER):
+        if method == TWO_STAGE:
+            decoder = recipe.decoder.model_copy(update={"method": REFERENCE, "layer": layer})
+            first = keep / Fraction(_mean_share(decoder, vlm)).limit_denominator(10_000)
+            tokens = recipe.tokens.model_copy(update={"method": REFERENCE, "keep_ratio": min(first, Fraction(1))})
+        elif method.startswith(DECODER):
             settings = {"method": method.removeprefix(DECODER), "layer": layer if method in _LAYERED else "auto"}
             decoder = recipe.decoder.model_copy(update={**settings, "keep_ratio": keep})
             decoding_of(decoder, vlm.model)
+            decoder, matched = _matched(decoder, vlm)
         else:
             tokens = recipe.tokens.model_copy(update={"method": method, "keep_ratio": keep})
-            check_selection(vlm.tower, tokens)
+        check_selection(vlm.tower, tokens)
     except InfopruneError as error:
         return str(error)
-    return tokens, decoder
+    return tokens, decoder, matched
+
+
+_MANY = 10_000
+"""Tokens that a mean over layers is computed with, so that rounding to whole ones does not show."""
+
+
+def _mean_share(decoder: DecoderSpec, vlm: VLM) -> float:
+    """Share of the visual tokens that a layer of the language model sees on average."""
+    depth = len(text_model(vlm.model).layers)
+    return sum(tokens_per_layer(steps_of(decoder, depth), depth, _MANY)) / (depth * _MANY)
+
+
+def _matched(decoder: DecoderSpec, vlm: VLM) -> tuple[DecoderSpec, bool]:
+    """The section with the ratio at which its mean share is its `keep_ratio`; as it is if no ratio reaches that."""
+    if decoder.method == "sparsevlm":
+        return decoder, True  # the mean is what its ratio means
+    low, high = Fraction(1, _MANY), Fraction(1)
+    if _mean_share(decoder.model_copy(update={"keep_ratio": low}), vlm) > decoder.keep_ratio:
+        return decoder, False
+    while high - low > Fraction(1, _MANY):
+        middle = (low + high) / 2
+        below = _mean_share(decoder.model_copy(update={"keep_ratio": middle}), vlm) < decoder.keep_ratio
+        low, high = (middle, high) if below else (low, middle)
+    return decoder.model_copy(update={"keep_ratio": high.limit_denominator(_MANY)}), True
 
 
 # ── One trial ────────────────────────────────────────────────────────────────

@@ -132,16 +132,18 @@ def test_the_table_shows_every_figure():
         return {"percent": value, "standard_error": error, "questions": 9}
 
     row = {"method": "none", "keep": "1", "accuracy": percent(90.04, 1.26), "to_unpruned": percent(0, 0)}
-    row |= {"to_infoprune": None, "tokens_peak": 64.0, "tokens_mean": 64.0, "selection_ms": None, "refused": None}
+    row |= {"to_infoprune": None, "tokens_peak": 64.0, "tokens_mean": 64.0, "selection_ms": None}
+    row |= {"refused": None, "matched": True}
     other = {"method": "pool", "keep": "1/2", "accuracy": percent(80, 2), "to_unpruned": percent(-10.04, 1.5)}
     other |= {"to_infoprune": percent(0.06, 0.14), "tokens_peak": 31.6, "tokens_mean": 20.25, "selection_ms": 0.123}
-    lines = printed([row, {**other, "refused": None}]).splitlines()
+    lines = printed([row, {**other, "refused": None, "matched": False}]).splitlines()
     cells = [[cell.strip() for cell in line.strip("│┃").split("│")] for line in lines if "│" in line]
     assert cells == [
         ["none", "1", "90.0 ± 1.3", "+0.0 ± 0.0", "", "64.0", "64.0", ""],
-        ["pool", "1/2", "80.0 ± 2.0", "-10.0 ± 1.5", "+0.1 ± 0.1", "20.2", "31.6", "0.12"],
+        ["pool", "1/2", "80.0 ± 2.0", "-10.0 ± 1.5", "+0.1 ± 0.1", "20.2 *", "31.6", "0.12"],
     ]
-    assert ["├" in line for line in lines[-4:]] == [False, True, False, False]  # a rule between two shares
+    assert "* cannot come down to the mean" in lines[-1]
+    assert ["├" in line for line in lines[-5:-1]] == [False, True, False, False]  # a rule between two shares
 
 
 @pytest.mark.parametrize(("text", "value"), [("1/2", HALF), ("64/576", Fraction(1, 9)), ("0.25", Fraction(1, 4))])
@@ -158,18 +160,26 @@ def test_share_refuses_what_a_recipe_refuses(text: str):
 def test_all_methods_are_those_of_a_recipe():
     tokens, decoder = (get_args(section.model_fields["method"].annotation) for section in (TokensSpec, DecoderSpec))
     assert sorted(ALL) == sorted(
-        [*(name for name in tokens if name != "none"), *(f"decoder:{name}" for name in decoder if name != "none")]
+        ["two-stage", *(n for n in tokens if n != "none"), *(f"decoder:{n}" for n in decoder if n != "none")]
     )
 
 
-def test_decoder_methods_count_tokens_by_layer(trained_vlm, few):
-    layered = recipe(decoder=DecoderSpec(layer=1))
-    methods = ["decoder:infoprune", "decoder:random", "decoder:fastv"]
-    rows = compare(trained_vlm, few, layered, methods, [HALF], silent, seeds=2)[2:]
-    assert [row["method"] for row in rows] == methods
-    # Four layers; the recipe's layer 1 and FastV's own, 0, still see everything.
-    assert [(row["tokens_peak"], row["tokens_mean"]) for row in rows] == [(64, 48), (64, 48), (64, 40)]
-    assert all(row["selection_ms"] is None for row in rows)
+def test_methods_are_matched_by_the_mean_over_layers_where_they_can_be(trained_vlm, few):
+    """Four layers: FastV's own, 0, sees everything, as do the recipe's 0 and 1."""
+    layered = recipe(decoder=DecoderSpec(layer=1, keep_ratio="1/3"))
+    methods = ["decoder:infoprune", "decoder:random", "decoder:fastv", "two-stage"]
+    keep = Fraction(3, 4)
+    rows = compare(trained_vlm, few, layered, methods, [keep, Fraction(1, 9)], silent, seeds=2)
+    found = {(row["method"], row["keep"]): (row["tokens_peak"], row["tokens_mean"], row["matched"]) for row in rows}
+    for method in methods[:2]:
+        assert found[method, "3/4"] == (64, 48, True)
+    assert found["decoder:fastv", "3/4"] == (64, (64 + 3 * 43) / 4, True)  # two thirds of 64, rounded up
+    # 64 tokens in two layers and a third of them, rounded up, in the others; more than all is not to be had.
+    assert found["two-stage", "3/4"] == (64, (64 + 22) / 2, True)
+    assert found["decoder:infoprune", "1/9"] == (64, (64 + 8) / 2, False)
+    assert found["decoder:fastv", "1/9"] == (64, (64 + 3 * 8) / 4, False)
+    # 11 tokens, then 4: ceil of a sixth and of a third of these.
+    assert found["two-stage", "1/9"] == (11, (11 + 4) / 2, True)
 
 
 def test_a_layer_that_the_recipe_leaves_open_is_found_on_calibration_images(trained_vlm, few):
