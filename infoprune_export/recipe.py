@@ -204,6 +204,13 @@ class TokensSpec(_Spec):
     positions: Literal["original", "contiguous"] = "original"
     """Position ids of kept tokens in the language model: where they were, or 0..T-1. The paper leaves it open."""
 
+
+def _as_layer(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and value >= 0):
+        return value
+    raise ValueError("expected auto or the number of a layer, counted from 0")
+
+
 class DecoderSpec(_Spec):
     """Stage 2: visual tokens dropped between two layers of the language model (paper B, section 3.2).
 
@@ -211,7 +218,7 @@ class DecoderSpec(_Spec):
     """
 
     method: Literal["none", "infoprune", "random", "fastv", "pyramiddrop", "sparsevlm"] = "none"
-    layer: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    layer: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], BeforeValidator(_as_layer)] = "auto"
     """K, from 0: attention in this layer ranks the tokens, and the layers behind it see the kept ones. The paper has 15
     of 32 for LLaVA-7B and 13 of 28 for Qwen2.5-VL-7B. Auto: where the paper's saturation signals settle on the
     calibration images; the published methods take their own layers, scaled to the model's depth."""

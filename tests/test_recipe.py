@@ -14,8 +14,19 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from infoprune_export.artifacts import canonical_json
 from infoprune_export.errors import InfopruneError
-from infoprune_export.recipe import Recipe, assets, find_asset, load_recipe, load_target, variant_of
+from infoprune_export.recipe import (
+    DecoderSpec,
+    Recipe,
+    TokensSpec,
+    assets,
+    find_asset,
+    load_recipe,
+    load_target,
+    read_recipe,
+    variant_of,
+)
 
 SMALLEST: dict[str, Any] = {"name": "mine", "model": {"name_or_path": "testbed/tiny-llava"}}
 
@@ -288,6 +299,22 @@ def test_the_file_is_named(write):
         ("tokens.temperature", 0),
         ("tokens.inertia", 0),
         ("tokens.positions", "none"),
+        ("tokens.quality", "constant"),
+        ("tokens.exponent", -0.1),
+        ("tokens.merge", "yes please"),
+        ("tokens.merge_above", 1.01),
+        ("tokens.merge_above", -1.01),
+        ("decoder", "infoprune"),
+        ("decoder.method", "magic"),
+        ("decoder.layer", -1),
+        ("decoder.layer", 1.5),
+        ("decoder.layer", True),
+        ("decoder.layer", None),
+        ("decoder.layer", "15"),
+        ("decoder.layer", "last"),
+        ("decoder.layer", [15]),
+        ("decoder.keep_ratio", 0),
+        ("decoder.keep_ratio", "4/3"),
         ("export.opset", 17),
         ("export.opset", 23),
         ("engine.target", 1),
@@ -405,6 +432,83 @@ def test_data_that_does_not_belong_together_is_refused(write, data, fix):
     message = refusal(write({**SMALLEST, "data": data}))
     assert ": data = " in message
     assert fix in message
+
+
+# ── Token settings ───────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("layer", ["auto", 0, 15])
+def test_the_layer_of_stage_2_is_a_number_or_auto(write, layer):
+    decoder = load_recipe(write(with_value("decoder.layer", layer))).decoder
+    assert decoder.layer == layer
+    assert type(decoder.layer) is type(layer)
+    assert load_recipe(write(SMALLEST), [f"decoder.layer={layer}"]).decoder == decoder
+
+
+def test_a_wrong_layer_says_what_one_is(write):
+    assert "expected auto or the number of a layer, counted from 0" in refusal(write(with_value("decoder.layer", -1)))
+
+
+@pytest.mark.parametrize("method", ["none", "infoprune", "random", "fastv", "pyramiddrop", "sparsevlm"])
+def test_only_methods_behind_one_layer_have_it_found(method):
+    assert DecoderSpec(method=method).finds_layer == (method in ("infoprune", "random"))
+    assert not DecoderSpec(method=method, layer=0).finds_layer
+
+
+def test_stage_2_is_off_and_keeps_a_third_by_default(write):
+    assert load_recipe(write(SMALLEST)).decoder == DecoderSpec(method="none", layer="auto", keep_ratio=Fraction(1, 3))
+
+
+@pytest.mark.parametrize("prior", ["cls", "received", "value"])
+@pytest.mark.parametrize("quality", ["power", "softmax"])
+def test_token_settings_are_read(write, prior, quality):
+    section = {"prior": prior, "quality": quality, "exponent": 0.0, "merge_above": -1.0, "merge": False}
+    tokens = load_recipe(write({**SMALLEST, "tokens": section})).tokens
+    assert tokens == TokensSpec(prior=prior, quality=quality, exponent=0.0, merge_above=-1.0, merge=False)
+    assert load_recipe(write(SMALLEST), ["tokens.merge_above=1.0"]).tokens.merge_above == 1.0
+
+
+# ── A run's own recipe ───────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", sorted(assets("recipes")))
+def test_a_recipe_is_read_back_as_a_run_records_it(name, tmp_path):
+    recipe = load_recipe(name)
+    (tmp_path / "recipe.json").write_text(canonical_json(recipe.to_dict()), encoding="utf-8")
+    assert read_recipe(tmp_path / "recipe.json") == recipe
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"9" * 5000, "not valid JSON"),
+        (b"[]", "recipe = []"),
+        (b'"text"', "recipe = 'text'"),
+        (b"null", "recipe = None"),
+        (b"{}", "'name' is required"),
+        (b'{"name": "t", "model": {"name_or_path": "x"}, "modle": 1}', "unknown key 'modle'"),
+        (b'{"name": "t", "model": {"name_or_path": "x"}, "heads": {"remove": NaN}}', "heads.remove = nan"),
+    ],
+)
+def test_a_damaged_record_of_a_run_is_refused(tmp_path, content, named):
+    path = tmp_path / "recipe.json"
+    path.write_bytes(content)
+    with pytest.raises(InfopruneError) as caught:
+        read_recipe(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert named in message
+    assert message.splitlines() == [message]
+
+
+def test_a_folder_without_a_recipe_is_no_run(tmp_path):
+    for path in (tmp_path / "recipe.json", tmp_path):
+        with pytest.raises(InfopruneError, match="name the folder of a run"):
+            read_recipe(path)
 
 
 # ── What is refused: variants ────────────────────────────────────────────────

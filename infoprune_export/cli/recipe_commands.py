@@ -93,7 +93,7 @@ def build(target: str | None, overrides: tuple[str, ...], **options: Any) -> Non
       infoprune-export build quickstart --target onnxruntime-cpu
     """
     chosen = (f"engine.target={target}",) if target else ()
-    click.echo(bring_up_to("engine", overrides=overrides + chosen, **options))
+    click.echo(_build(overrides=overrides + chosen, **options))
 
 
 @main.command()
@@ -151,9 +151,7 @@ def first_token(real_size: bool, memory: bool, file: Path | None, **options: Any
     from tempfile import TemporaryDirectory
 
     checked = read(options["recipe"], options["overrides"], options["device"])
-    folder = None if real_size else bring_up_to("engine", **options).parent
-    if folder is not None and checked.decoder.method != "none":
-        bring_up_to("decoder", **{**options, "force": False})
+    folder = None if real_size else _build(**options).parent
     from infoprune_export.console import quiet_libraries
 
     quiet_libraries()
@@ -209,6 +207,14 @@ def recipes(name: str | None, schema: bool) -> None:
 
 
 # ── Helpers ───────────────────────────────────────────────────────────────────
+
+
+def _build(**options: Any) -> Path:
+    """The engine's folder, and beside it the layer of Stage 2, which the engine does not need, but its answers do."""
+    folder = bring_up_to("engine", **options)
+    if read(options["recipe"], options["overrides"], options["device"]).decoder.method != "none":
+        bring_up_to("decoder", **{**options, "force": False})
+    return folder
 
 
 def _end_with_verdict(validation: Path) -> None:

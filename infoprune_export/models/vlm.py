@@ -188,24 +188,39 @@ def cast(vlm: VLM, dtype: torch.dtype) -> VLM:
 # ── Inputs ───────────────────────────────────────────────────────────────────
 
 
-def preprocess(vlm: VLM, images: Sequence[Image]) -> dict[str, Tensor]:
-    """Images to the tower's inputs, by the model's own processor, on the model's device."""
+def preprocess(
+    vlm: VLM, images: Sequence[Image], device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Images to the tower's inputs, by the model's own processor, on its device and in its dtype by default."""
     inputs = dict(vlm.processor.image_processor(list(images), return_tensors="pt"))
     vlm.tower.check_inputs(inputs)
-    dtype = vlm.model.dtype
-    return {k: v.to(vlm.device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+    device, dtype = device or vlm.device, dtype or vlm.model.dtype
+    return {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
 
 
 def prompt_ids(vlm: VLM, question: str, *visual_tokens: int) -> list[int]:
-    """Token ids of one user turn, ready for generation: images of so many visual tokens each, then the question."""
+    """Token ids of one user turn, ready for generation: images of so many visual tokens each, then the question.
+
+    Raises:
+        InfopruneError: the question contains the image placeholder, or the chat template has another number of them.
+    """
+    tokenizer, placeholder = vlm.processor.tokenizer, vlm.processor.image_token
+    if placeholder in question:
+        raise InfopruneError(
+            f"question {question!r:.60} contains {placeholder}, which stands for an image; leave it out, images are "
+            "put in front of the question"
+        )
     content = [*({"type": "image"} for _ in visual_tokens), {"type": "text", "text": question}]
     text = vlm.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    tokenizer, placeholder = vlm.processor.tokenizer, vlm.processor.image_token
     has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    # What follows the images may be the user's own text.
-    pieces = text.split(placeholder, len(visual_tokens))
-    filled = [piece + placeholder * count for piece, count in zip(pieces, visual_tokens, strict=False)]
-    ids: list[int] = tokenizer("".join([*filled, pieces[-1]]), add_special_tokens=not has_bos).input_ids
+    pieces = text.split(placeholder)
+    if len(pieces) != len(visual_tokens) + 1:
+        raise InfopruneError(
+            f"the chat template writes {placeholder} {len(pieces) - 1} times for {len(visual_tokens)} images; use the "
+            "one that belongs to this model"
+        )
+    filled = "".join(piece + placeholder * count for piece, count in zip(pieces, [*visual_tokens, 0], strict=True))
+    ids: list[int] = tokenizer(filled, add_special_tokens=not has_bos).input_ids
     return ids
 
 

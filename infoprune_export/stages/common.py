@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from infoprune_export.artifacts import canonical_json
 from infoprune_export.errors import InfopruneError
 from infoprune_export.pipeline import Run, load_vlm
-from infoprune_export.recipe import DecoderSpec, ModelSpec
+from infoprune_export.recipe import DecoderSpec, ModelSpec, TokensSpec, variant_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,25 +40,21 @@ def check_everything(run: Run, *, exporting: bool = True) -> None:
     from infoprune_export.data import dataset
     from infoprune_export.engine import backend_of
     from infoprune_export.models.vlm import check_model
-    from infoprune_export.tokens.encoder import check_selection, form_of, selecting
-    from infoprune_export.tokens.selector import METHODS
+    from infoprune_export.tokens.encoder import check_selection, form_of
 
     check_model(run.recipe.model)
     dataset.check(run.recipe.data)
-    method = run.recipe.tokens.method
-    if exporting and selecting(run.recipe.tokens) and not METHODS[method].exported:
-        exported = ", ".join(name for name, known in METHODS.items() if known.exported)
-        raise InfopruneError(
-            f"tokens.method = {method!r} is there to compare with and cannot be exported; use {exported}, or try it as a "
-            "variant or with infoprune-export compare-tokens"
-        )
+    if exporting:
+        check_exported(run.recipe.tokens)
     backend_of(run.target)
     _ = run.device
     if any(run.folder.glob("*/manifest.json")):
         return
     vlm = run.original
-    check_selection(vlm.tower, run.recipe.tokens)
-    check_decoder(run.recipe.decoder, vlm)
+    for recipe in (run.recipe, *(variant_of(run.recipe, name) for name in run.recipe.variants)):
+        if recipe.model == run.recipe.model:
+            check_selection(vlm.tower, recipe.tokens)
+            check_decoder(recipe.decoder, vlm)
     form_of(vlm.tower, run.recipe.tokens, run.recipe.export.several)
     if run.recipe.data.images is not None:
         from infoprune_export.models.calibration import inputs_of
@@ -69,6 +65,19 @@ def check_everything(run: Run, *, exporting: bool = True) -> None:
         for sample in samples:
             inputs_of(vlm, [sample])
             advance(1)
+
+
+def check_exported(spec: TokensSpec) -> None:
+    """Refuse a tokens section whose method no graph can hold."""
+    from infoprune_export.tokens.encoder import selecting
+    from infoprune_export.tokens.selector import METHODS
+
+    if selecting(spec) and not METHODS[spec.method].exported:
+        exported = ", ".join(name for name, known in METHODS.items() if known.exported)
+        raise InfopruneError(
+            f"tokens.method = {spec.method!r} is there to compare with and cannot be exported; use {exported}, or try "
+            "it as a variant or with infoprune-export compare-tokens"
+        )
 
 
 def check_decoder(spec: DecoderSpec, vlm: VLM) -> None:

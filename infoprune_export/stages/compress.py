@@ -12,6 +12,7 @@ from infoprune_export.stages.common import (
     LAYER,
     PLAN,
     PLAN_WEIGHTS,
+    check_decoder,
     open_checkpoint,
     read_decoder,
     read_json,
@@ -80,6 +81,8 @@ def make_decoder(run: Run, folder: Path) -> None:
     """Settle the layer of Stage 2: the recipe's, or where the original's signals saturate on calibration images."""
     from infoprune_export.tokens.saturation import find_layer, measure_samples
 
+    if run.recipe.decoder.method != "none":
+        check_decoder(run.recipe.decoder, run.original)
     found: dict[str, Any] = {"layer": None, "signals": None}
     if run.recipe.decoder.finds_layer:
         samples = run.split.calibration[:_SATURATION_IMAGES]

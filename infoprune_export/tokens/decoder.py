@@ -234,12 +234,12 @@ class _Pruning:
             return
         # Beams of a prompt must agree, so the first one speaks for all.
         stage, copies = self._stages[-1], self._copies
-        asking = self._queries[number].gather(1, stage.index[::copies]) & stage.valid[::copies]
+        asking = self._queries[number].gather(1, stage.index[::copies])
         rows = asking.int().argsort(dim=1, descending=True, stable=True)[:, : int(asking.sum(1).max())]
         mask = mask if mask is None else mask.expand(len(query), -1, -1, -1)[::copies]
         attention = attention_rows(query[::copies], key[::copies], mask, scaling, rows)
-        weights = asking.gather(1, rows).float()
-        self._scores = (weights[:, None] @ attention)[:, 0] / weights.sum(1, keepdim=True)
+        # Rows ask with different numbers of tokens. The sum over them ranks as the mean does.
+        self._scores = (asking.gather(1, rows).float()[:, None] @ attention)[:, 0]
 
     def _drop(self, step: Step, hidden: Tensor, named: dict[str, Any]) -> Tensor:
         """The ranking layer's output [B, L, D] without what is dropped; a new stage begins."""

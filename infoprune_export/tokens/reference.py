@@ -1,4 +1,8 @@
-"""Algorithm 1 in NumPy float64: the literal listing, and the judge of anybody else's answer."""
+"""Stage 1 selection in NumPy: Algorithm 1 as it is printed, the judge of anybody else's answer, and a fast form.
+
+The first two are float64 and plain on purpose. The fast form is fp32 and shares no code with the PyTorch operator and
+the ONNX function body, whose answers and speed it is held against.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from numpy.typing import NDArray
 from infoprune_export.tokens.select import EPSILON, keep_count, pool_count
 
 Floats = NDArray[np.float64]
+Indices = NDArray[np.int64]
 
 
 def scaled_pool(
@@ -17,13 +22,14 @@ def scaled_pool(
     pool_factor: float,
     temperature: float,
     exponent: float,
-) -> tuple[NDArray[np.int64], Floats]:
-    """Lines 2-4 for one image: pool indices by descending prior [M], and Z = sqrt(q) x for them [M, D]."""
-    a = np.nan_to_num(np.asarray(prior, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    dtype: type[np.floating] = np.float64,
+) -> tuple[Indices, NDArray[np.floating]]:
+    """Lines 2-4 for one image: pool indices by descending prior [M], and Z = sqrt(q) x for them [M, D] in `dtype`."""
+    a = np.nan_to_num(np.asarray(prior, dtype), nan=0.0, posinf=0.0, neginf=0.0)
     scores = np.exp((a - a.max()) / temperature)
     q = (scores / scores.sum()) ** exponent
     pool = np.argsort(-a, kind="stable")[: pool_count(len(a), keep, pool_factor)]
-    x = np.nan_to_num(np.asarray(features, np.float64)[pool], nan=0.0, posinf=0.0, neginf=0.0)
+    x = np.nan_to_num(np.asarray(features[pool], dtype), nan=0.0, posinf=0.0, neginf=0.0)
     return pool, np.sqrt(q[pool])[:, None] * x
 
 
@@ -95,3 +101,65 @@ def replay(
             vectors = vectors - np.outer(vectors @ direction, direction)
             residual = np.maximum((vectors**2).sum(1), 0)
     return worst
+
+
+# ── Fast ─────────────────────────────────────────────────────────────────────
+
+_BLOCK, _LIKELY = 64, 128
+
+
+def token_select(
+    features: NDArray[np.floating],
+    prior: NDArray[np.floating],
+    counts: Indices,
+    numerator: int,
+    denominator: int,
+    pool_factor: float = 2.0,
+    temperature: float = 0.7,
+    exponent: float = 0.5,
+    epsilon: float = EPSILON,
+) -> Indices:
+    """What `select.token_select` computes, in fp32: ascending kept tokens of each image, int64 [B, T], filled with -1.
+
+    features [B, N, D], prior [B, N], and how many leading tokens are each image's own, counts int64 [B].
+    """
+    kept = np.full((len(features), keep_count(features.shape[1], numerator, denominator)), -1, np.int64)
+    for image, count in enumerate(counts.tolist()):
+        if keep := keep_count(count, numerator, denominator):
+            own = features[image, :count], prior[image, :count]
+            pool, z = scaled_pool(*own, keep, pool_factor, temperature, exponent, np.float32)
+            z = z / max(np.abs(z).max(), np.finfo(np.float32).tiny)
+            kept[image, :keep] = np.sort(pool[greedy_pivots(z, keep, epsilon)])
+    return kept
+
+
+def greedy_pivots(z: NDArray[np.floating], keep: int, epsilon: float) -> Indices:
+    """The first `keep` pivots of Cholesky on z z^T in their order, for one image; z [M, D] is sorted by prior.
+
+    A pivot needs its row of the Gram matrix. The rows of the 128 tokens with the largest residuals are one matrix
+    product for the next 64 pivots; another pivot's row is computed when it comes. Each row is followed by the token
+    itself, which the same elimination turns into an orthonormal direction; behind a block, z loses these. So no M x M
+    matrix is ever held, and there are no more pivots than D. What they leave open is filled in the order of the prior.
+    """
+    size, width = z.shape
+    free = np.einsum("md,md->m", z, z)
+    threshold = epsilon * free.max()
+    steps, likely_size = min(keep, width), min(size, _LIKELY)
+    chosen: list[int] = []
+    while len(chosen) < steps and free.max() > threshold:
+        likely = np.argpartition(-free, likely_size - 1)[:likely_size]
+        rows = np.hstack((z[likely] @ z.T, z[likely]))
+        row_of = dict(zip(likely.tolist(), rows, strict=True))
+        factor = np.zeros((min(_BLOCK, steps - len(chosen)), size + width), z.dtype)
+        for j in range(len(factor)):
+            pivot = int(free.argmax())
+            if free[pivot] <= threshold:
+                break
+            row = row_of[pivot] if pivot in row_of else np.hstack((z @ z[pivot], z[pivot]))
+            factor[j] = (row - factor[:j, pivot] @ factor[:j]) / np.sqrt(free[pivot])
+            free -= factor[j, :size] ** 2
+            free[pivot] = -np.inf
+            chosen.append(pivot)
+        z = z - factor[:, :size].T @ factor[:, size:]
+    rest = np.setdiff1d(np.arange(size), chosen)[: keep - len(chosen)]
+    return np.concatenate((np.array(chosen, np.int64), rest))

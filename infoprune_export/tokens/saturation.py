@@ -69,10 +69,11 @@ class Signals:
         return np.abs(np.diff(self.probability, axis=1)).mean(axis=0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Curves over the layers, for a report."""
+        """Curves over the layers and what they say, for a report."""
         within = self.within_visual.mean(axis=0)
         return {
             "questions": len(self.settled),
+            "saturated_layer": saturated_layer(self),
             "visual_to_text": self.flow.tolist(),
             "within_visual": (within / within.max() if within.max() > 0 else within).tolist(),
             "agreement": self.agreement.tolist(),
@@ -193,8 +194,8 @@ def saturated_layer(signals: Signals, *, agreement: float = 0.5, decay: float = 
     """The first layer, from 0 to depth - 2, with everything that saturation means; None if there is none.
 
     From it on, in every layer, the top-1 token is the final one for the share `agreement` of the questions. Behind it,
-    in every layer, S_vt is at most the share `decay` of its peak. And from it to the last layer, the probability
-    changes no faster than in an even climb from 0 to 1 over all layers.
+    in every layer, S_vt is at most the share `decay` of its peak. And from it to the last layer the probability moves
+    no further, up and down together, than in an even climb from 0 to 1 over all layers.
     """
     depth = signals.settled.shape[1]
     flow = signals.flow

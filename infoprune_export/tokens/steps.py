@@ -69,9 +69,9 @@ def check_steps(steps: Sequence[Step], depth: int) -> None:
         raise InfopruneError(f"steps behind layers {layers}: give each layer at most one step, in ascending order")
     for step in steps:
         if not 0 <= step.layer < depth - 1:
+            fix = f"use 0 to {depth - 2}" if depth > 1 else "use decoder.method: none"
             raise InfopruneError(
-                f"decoder layer {step.layer}: this language model has {depth} layers and one must follow the step; "
-                f"use 0 to {depth - 2}"
+                f"decoder layer {step.layer}: of this language model's layers, {depth} in all, one must follow; {fix}"
             )
         if not 0 < step.keep <= 1:
             raise InfopruneError(f"keep ratio {step.keep} is outside (0, 1]: keep at least one token and at most all")

@@ -7,10 +7,13 @@ whole prompts, the cache starts empty, images are preprocessed beforehand.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import multiprocessing
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,10 +65,18 @@ def measure(
     *,
     memory: bool = True,
 ) -> dict[str, Any]:
-    """`first_token` of the contest that `prepare` makes, with `peak_memory` as ``peak_bytes`` in its rows."""
+    """`first_token` of the contest that `prepare` makes, with `peak_memory` as ``peak_bytes`` in its rows.
+
+    Raises:
+        InfopruneError: see `peak_memory`; what this system cannot measure is refused before the clock starts.
+    """
     torch.set_num_threads(spec.threads)
+    contest = prepare(*arguments)
+    if memory and contest.vlm.device.type == "cpu":
+        _reset_peak()
     advance = track("first tokens", len(spec.batch_sizes) * (spec.rounds + spec.warmup))
-    result = first_token(prepare(*arguments), spec, on_round=lambda _: advance(1))
+    result = first_token(contest, spec, on_round=lambda _: advance(1))
+    del contest
     if memory:
         advance = track("peak memory", len(result["rows"]))
         for row in result["rows"]:
@@ -124,16 +135,27 @@ def _wait(vlm: VLM) -> None:
 
 # ── Memory ───────────────────────────────────────────────────────────────────
 
+_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
 
 def peak_memory(prepare: Prepare, arguments: tuple[Any, ...], side: str, batch_size: int) -> int:
     """Bytes that one answer of a side needs on top of the loaded models, measured in a process of its own.
 
     On a CPU (Linux) the growth of the largest resident size, on a GPU what torch allocated at most. `prepare` must be a
     function of a module; it makes the contest anew from `arguments`.
+
+    Raises:
+        InfopruneError: the system does not tell, or ended the process, which it does when memory runs out.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_peak, prepare, arguments, side, batch_size).result()
+        try:
+            return pool.submit(_peak, prepare, arguments, side, batch_size).result()
+        except BrokenProcessPool:
+            raise InfopruneError(
+                f"peak memory of {side!r} at batch {batch_size}: its process was ended from outside, as when memory "
+                "runs out; set smaller bench.batch_sizes or add --no-memory"
+            ) from None
 
 
 def _peak(prepare: Prepare, arguments: tuple[Any, ...], side: str, batch_size: int) -> int:
@@ -155,17 +177,25 @@ def _peak(prepare: Prepare, arguments: tuple[Any, ...], side: str, batch_size: i
 
 def _reset_peak() -> int:
     """Forget this process's largest resident size so far (loading a model has one of its own); returns the present."""
+    # What loading freed, the C library may hold on to: an answer could use it without growing the process.
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        _CLEAR_REFS.write_text("5")
+        _status("VmHWM")
+        return _status("VmRSS")
     except OSError as error:
-        raise InfopruneError(f"peak memory on a CPU needs Linux's /proc/self/clear_refs ({error.strerror})") from None
-    return _status("VmRSS")
+        raise InfopruneError(
+            f"peak memory on a CPU needs Linux's {_CLEAR_REFS} ({error.strerror}); add --no-memory"
+        ) from None
 
 
 def _status(field: str) -> int:
     """Bytes of a memory field of this process."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+    for line in _STATUS.read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise InfopruneError(f"peak memory on a CPU needs {field} in {_STATUS}, which is not there; add --no-memory")
 
 
 # ── Table ────────────────────────────────────────────────────────────────────

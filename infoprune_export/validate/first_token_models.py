@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from infoprune_export.data import testbed
 from infoprune_export.engine.onnxruntime import OnnxRuntimeEngine, open_session
@@ -17,7 +17,8 @@ from infoprune_export.models import tower_of
 from infoprune_export.models.tower import VisionTower
 from infoprune_export.models.vlm import VLM, Decoding, VisualTokens
 from infoprune_export.models.zoo import random_model
-from infoprune_export.recipe import DecoderSpec, Recipe, Target, TokensSpec, load_target
+from infoprune_export.recipe import DecoderSpec, Recipe, TokensSpec, load_target
+from infoprune_export.stages.common import check_exported
 from infoprune_export.tokens.decoder_methods import decoding_of
 from infoprune_export.tokens.encoder import encode, form_of
 from infoprune_export.tokens.watch import text_model
@@ -42,7 +43,7 @@ def contest_of_run(folder: Path) -> Contest:
     recipe = compressed.recipe
     vlm = load_vlm(recipe.model, compressed.vlm.device.type, compressed.vlm.model.dtype)
     several = form_of(vlm.tower, recipe.tokens, recipe.export.several).several
-    return _contest(vlm, folder / "onnx", recipe.tokens, several, load_target(recipe.engine.target), compressed.decoder)
+    return _contest(vlm, folder / "onnx", recipe, recipe.tokens, several, compressed.decoder)
 
 
 def contest_of_real_size(recipe: Recipe, exported: Path) -> Contest:
@@ -53,22 +54,24 @@ def contest_of_real_size(recipe: Recipe, exported: Path) -> Contest:
     """
     model = random_model(_WHOLE)
     vlm = VLM(model, testbed.build_processor(), tower_of(model))
-    tokens = _selection(recipe)
-    depth = len(text_model(model).layers)
-    spec = recipe.decoder
-    if spec.method == "none":
-        spec = DecoderSpec(method="infoprune", layer=depth // 2 - 1, keep_ratio=Fraction(1, 3))
-    layer = depth // 2 - 1 if spec.layer == "auto" else spec.layer
-    decoder = decoding_of(spec, model, layer)
-    return _contest(vlm, exported, tokens, True, load_target(recipe.engine.target), decoder)
+    return _contest(vlm, exported, recipe, _selection(recipe), True, _second_stage(recipe, model))
 
 
 def export_real_size(recipe: Recipe, folder: Path) -> None:
-    """Write both encoders that `contest_of_real_size` compares."""
+    """Write both encoders that `contest_of_real_size` compares.
+
+    Raises:
+        InfopruneError: the selection cannot be exported, or the decoder section does not fit this model.
+    """
+    check_exported(recipe.tokens)
     for side, tokens in (("original", None), ("compressed", _selection(recipe))):
-        tower = tower_of(random_model(_WHOLE))
+        model = random_model(_WHOLE)
+        tower = tower_of(model)
+        _second_stage(recipe, model)
         if tokens is not None:
-            prune_evenly(tower, recipe.heads.remove, recipe.ffn.keep_macs, recipe.ffn.round_to)
+            removed = 0.0 if recipe.heads.method == "none" else recipe.heads.remove
+            kept = 1.0 if recipe.ffn.method == "none" else recipe.ffn.keep_macs
+            prune_evenly(tower, removed, kept, recipe.ffn.round_to)
         (folder / side).mkdir()
         export_onnx(tower, tokens, folder / side, opset=recipe.export.opset)
 
@@ -77,11 +80,21 @@ def _selection(recipe: Recipe) -> TokensSpec:
     return recipe.tokens if recipe.tokens.method != "none" else TokensSpec()
 
 
+def _second_stage(recipe: Recipe, model: nn.Module) -> Decoding | None:
+    middle = len(text_model(model).layers) // 2 - 1
+    spec = recipe.decoder
+    if spec.method == "none":
+        spec = DecoderSpec(method="infoprune", layer=middle, keep_ratio=Fraction(1, 3))
+    return decoding_of(spec, model, middle if spec.finds_layer else None, seed=recipe.seed)
+
+
 def _contest(
-    vlm: VLM, exported: Path, tokens: TokensSpec, several: bool, target: Target, decoder: Decoding | None
+    vlm: VLM, exported: Path, recipe: Recipe, tokens: TokensSpec, several: bool, decoder: Decoding | None
 ) -> Contest:
+    target, threads = load_target(recipe.engine.target), recipe.bench.threads
+
     def see(side: str, selection: TokensSpec | None) -> Callable[[dict[str, Tensor]], VisualTokens]:
-        engine = OnnxRuntimeEngine(open_session(exported / side / MODEL, target), {})
+        engine = OnnxRuntimeEngine(open_session(exported / side / MODEL, target, threads), {})
         return partial(encode, vlm.tower, form_of(vlm.tower, selection, several), selection, through(engine))
 
     sides = {UNPRUNED: Side(see("original", None)), "compressed": Side(see("compressed", tokens))}

@@ -9,19 +9,19 @@ import onnxruntime
 import pytest
 import torch
 
-from infoprune_export.errors import InfopruneError
 from infoprune_export.export import operator
 from infoprune_export.export.onnx import MODEL, WEIGHTS, export_onnx, golden_io, typed
 from infoprune_export.models import tower_of
+from infoprune_export.models.tower import Form, image_noise
 from infoprune_export.models.zoo import random_model
 from infoprune_export.recipe import TokensSpec
 from infoprune_export.tokens.encoder import VisionEncoder
-from infoprune_export.tokens.reference import literal_selection
 
 SELECT = TokensSpec(keep_ratio="2/9")
 QWEN = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl")
 FAMILIES = ("llava", "llava-siglip", "llava-next", *QWEN)
 PRUNED = ("llava", "qwen2.5-vl")
+SEVERAL = ("llava-next", "qwen2.5-vl")
 # PyTorch's fp16 and ONNX Runtime's differ as much from fp32 as from each other: rounding, a few times 2^-10.
 FP16_TOLERANCE = 1e-2
 
@@ -87,6 +87,16 @@ def inputs_of(family, made, seed=5):
     return made.example_inputs(2, generator)
 
 
+def unequal(family, made, images):
+    """Images of as many sizes, none of which the trace saw."""
+    generator = torch.Generator().manual_seed(images)
+    if family in QWEN:
+        return made.grid_inputs([(1, 4, 6), (1, 10, 12), (1, 16, 6), (1, 4, 22)][:images], generator)
+    sizes = torch.tensor([(30, 112), (112, 112), (112, 50), (112, 80)][:images])
+    noise = image_noise(5 * images, made.image_size, made.image_size, generator)
+    return {"pixel_values": noise.unflatten(0, (images, 5)), "image_sizes": sizes}
+
+
 # ── Every family ──
 
 
@@ -112,34 +122,70 @@ def test_selected_tokens_equal_pytorch(exported, family, pruned):
     assert_equal(path, made, SELECT, None, made.split(inputs)[0])
 
 
-def test_several_images_with_selection_are_refused_in_a_ragged_family(tmp_path):
-    with pytest.raises(InfopruneError, match="several"):
-        export_onnx(tower("qwen2-vl"), SELECT, tmp_path, opset=20, several=True)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("images", [1, 2, 3, 4])
+@pytest.mark.parametrize("family", SEVERAL)
+def test_selected_tokens_of_several_unequal_images_equal_pytorch_and_one_call_each(exported, family, images):
+    """Smaller images are padded to the largest one's number of tokens, and say where they end."""
+    pruned = family in PRUNED
+    path, made = exported(family, SELECT, True, pruned=pruned), tower(family, pruned=pruned)
+    inputs = unequal(family, made, images)
+    assert_equal(path, made, SELECT, True, inputs)
+    outputs = run(session_of(path), made.plan(inputs, Form(several=True, selecting=True)))
+    kept, features = outputs["kept_indices"], outputs["image_features"]
+    numbers = (kept >= 0).sum(1)
+    assert len(kept) == images
+    assert images == 1 or len(set(numbers)) == images  # they are unequal
+    alone = session_of(exported(family, SELECT, pruned=pruned))
+    for row, planned in enumerate(made.calls(inputs, Form(several=False, selecting=True))):
+        expected, own = run(alone, planned), numbers[row]
+        assert (kept[row, own:] == -1).all()
+        np.testing.assert_array_equal(kept[row, :own], expected["kept_indices"][0])
+        error = np.abs(features[row, :own] - expected["image_features"][0]).max()
+        assert error <= 1e-4 * np.abs(expected["image_features"]).max()
+
+
+def test_a_video_between_images_is_selected_from_as_one(exported):
+    family = "qwen2.5-vl"
+    path, made = exported(family, SELECT, True, pruned=True), tower(family, pruned=True)
+    video = made.grid_inputs([(1, 8, 8), (3, 6, 8), (1, 2, 4)], torch.Generator().manual_seed(2))
+    assert_equal(path, made, SELECT, True, video)
 
 
 # ── The file ──
 
 
-def test_graph_has_one_operator_node_with_its_body(exported):
+def test_graph_has_one_node_of_each_operator_with_its_body(exported):
     path = exported("llava", SELECT, pruned=True)
     model = onnx.load(path, load_external_data=False)
-    nodes = [node for node in model.graph.node if node.domain == operator.DOMAIN]
-    assert [node.op_type for node in nodes] == ["TokenSelect"]
-    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in nodes[0].attribute}
-    assert (attributes["keep_numerator"], attributes["keep_denominator"]) == (2, 9)
-    assert [function.name for function in model.functions] == ["TokenSelect"]
+    nodes = {node.op_type: node for node in model.graph.node if node.domain == operator.DOMAIN}
+    assert sum(node.domain == operator.DOMAIN for node in model.graph.node) == 2
+    select, received = (
+        {a.name: onnx.helper.get_attribute_value(a) for a in nodes[name].attribute}
+        for name in ("TokenSelect", "ReceivedAttention")
+    )
+    assert (select["keep_numerator"], select["keep_denominator"]) == (2, 9)
+    assert received["scale"] == pytest.approx(tower("llava").blocks[-1].head_dim ** -0.5)
+    assert sorted(function.name for function in model.functions) == ["ReceivedAttention", "TokenSelect"]
     assert {o.domain: o.version for o in model.opset_import} == {"": 20, operator.DOMAIN: 1}
     onnx.checker.check_model(path, full_check=True)
 
 
-def test_graph_without_its_body_does_not_load(exported, tmp_path):
-    """The body, and nothing else, is what makes the file portable."""
+@pytest.mark.parametrize("name", ["TokenSelect", "ReceivedAttention"])
+def test_graph_without_a_body_does_not_load(exported, tmp_path, name):
+    """The bodies, and nothing else, are what makes the file portable."""
     model = onnx.load(exported("llava", SELECT, pruned=True))
+    bodies = [body for body in model.functions if body.name != name]
     del model.functions[:]
+    model.functions.extend(bodies)
     onnx.save(model, tmp_path / "bare.onnx")
-    with pytest.raises(Exception, match="TokenSelect"):
+    with pytest.raises(Exception, match=name):
         session_of(tmp_path / "bare.onnx")
+
+
+def test_a_graph_without_selection_has_no_operator_of_ours(exported):
+    model = onnx.load(exported("qwen2.5-vl"), load_external_data=False)
+    assert not model.functions
+    assert {node.domain for node in model.graph.node} == {""}
 
 
 @pytest.mark.parametrize("family", PRUNED)
@@ -222,12 +268,14 @@ def test_typed_export(exported, family, dtype):
 
 
 def test_half_precision_selects_in_fp32(exported):
-    """What the operator sees in an fp16 file is fp32, and the file agrees with the fp32 tower in PyTorch."""
+    """What is chosen by in an fp16 file is fp32, and the file agrees with the fp32 tower in PyTorch."""
     family = "llava"
     path, made, half = exported(family, SELECT, None, torch.float16), tower(family), tower(family, torch.float16)
     model, types = types_of(path)
-    node = next(node for node in model.graph.node if node.domain == operator.DOMAIN)
-    assert [types[name] for name in node.input] == [onnx.TensorProto.FLOAT] * 2
+    nodes = {node.op_type: node for node in model.graph.node if node.domain == operator.DOMAIN}
+    fp32, fp16, int64 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64
+    assert [types[name] for name in nodes["TokenSelect"].input] == [fp32, fp32, int64]
+    assert [types[name] for name in nodes["ReceivedAttention"].input] == [fp16, fp16, fp32, fp32]
     encoder = VisionEncoder(made, SELECT)
     planned = made.calls(inputs_of(family, made), encoder.form)[0]
     with torch.no_grad():
@@ -236,73 +284,3 @@ def test_half_precision_selects_in_fp32(exported):
     np.testing.assert_array_equal(outputs["kept_indices"], expected["kept_indices"])
     error = np.abs(outputs["image_features"].astype(np.float32) - expected["image_features"]).max()
     assert 0 < error <= FP16_TOLERANCE * np.abs(expected["image_features"]).max()
-
-
-# ── The operator alone ──
-
-
-def operator_model(numerator, denominator, pool_factor):
-    """A graph with nothing but the node; N and D are dynamic."""
-    operator.register_schema()
-    node = onnx.helper.make_node(
-        "TokenSelect",
-        ["features", "prior"],
-        ["indices"],
-        domain=operator.DOMAIN,
-        keep_numerator=numerator,
-        keep_denominator=denominator,
-        pool_factor=pool_factor,
-    )
-    graph = onnx.helper.make_graph(
-        [node],
-        "operator",
-        [
-            onnx.helper.make_tensor_value_info("features", onnx.TensorProto.FLOAT, ["B", "N", "D"]),
-            onnx.helper.make_tensor_value_info("prior", onnx.TensorProto.FLOAT, ["B", "N"]),
-        ],
-        [onnx.helper.make_tensor_value_info("indices", onnx.TensorProto.INT64, ["B", "T"])],
-    )
-    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid(operator.DOMAIN, 1)]
-    import onnx_ir as ir
-
-    model = ir.serde.deserialize_model(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10))
-    operator.attach_body(model)
-    return ir.serde.serialize_model(model).SerializeToString()
-
-
-@pytest.mark.parametrize(
-    ("tokens", "dim", "numerator", "denominator", "pool_factor"),
-    [(50, 80, 2, 5, 2.0), (200, 256, 3, 4, 1.25), (1, 4, 1, 9, 2.0), (64, 100, 1, 1, 1.0), (130, 140, 1, 1, 1.5)],
-)
-def test_operator_body_equals_algorithm_1(tokens, dim, numerator, denominator, pool_factor):
-    """Including more pivots than one block of 64, a pool as large as the image, and N = 1."""
-    session = onnxruntime.InferenceSession(operator_model(numerator, denominator, pool_factor))
-    rng = np.random.default_rng(tokens)
-    features = rng.normal(size=(3, tokens, dim)).astype(np.float32)
-    prior = rng.dirichlet(np.ones(tokens), 3).astype(np.float32)
-    (kept,) = session.run(None, {"features": features, "prior": prior})
-    for row in range(3):
-        expected = literal_selection(features[row], prior[row], numerator, denominator, pool_factor)
-        assert kept[row].tolist() == sorted(expected)
-
-
-@pytest.mark.parametrize("fault", ["zero", "duplicates", "nan features", "nan prior", "constant prior"])
-def test_operator_body_equals_pytorch_on_degenerate_input(fault):
-    from infoprune_export.tokens.select import token_select
-
-    rng = np.random.default_rng(0)
-    features, prior = rng.normal(size=(2, 40, 16)).astype(np.float32), rng.random((2, 40), np.float32)
-    if fault == "zero":
-        features[:] = 0
-    elif fault == "duplicates":
-        features[:] = features[:, :1]
-    elif fault == "nan features":
-        features[0, 3] = np.nan
-    elif fault == "nan prior":
-        prior[1, :5] = np.nan
-    else:
-        prior[:] = 0.5
-    (kept,) = onnxruntime.InferenceSession(operator_model(1, 2, 2.0)).run(None, {"features": features, "prior": prior})
-    expected = token_select(torch.from_numpy(features), torch.from_numpy(prior), 1, 2)
-    np.testing.assert_array_equal(kept, expected.numpy())
-    assert all(len(set(row)) == 20 for row in kept.tolist())

@@ -228,7 +228,7 @@ def test_received_attention_equals_hugging_faces_own_weights(towers, name, monke
         stream, context = tower.embed(planned)
         prior = tower.attention_prior(tower.run_blocks(stream, context), context, planned, "received")
     if name == "llava-next":
-        received = received.flatten()[planned["token_order"]][None]
+        received = received.flatten()[planned["token_order"]]
     if name in QWEN:
         received = in_image_order(tower, inputs, received).view(1, -1, 4).mean(-1)
     assert prior.dtype == torch.float32
@@ -277,7 +277,7 @@ def test_cls_attention_equals_hugging_faces_own_weights(towers, name, monkeypatc
         stream, context = tower.embed(planned)
         prior = tower.attention_prior(tower.run_blocks(stream, context), context, planned, "cls")
     if name == "llava-next":
-        expected = expected.flatten()[planned["token_order"]][None]
+        expected = expected.flatten()[planned["token_order"]]
     assert relative_error(prior, expected) <= BAR
 
 

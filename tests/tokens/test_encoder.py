@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, QWEN, build, own_features, relative_error, seeded
@@ -51,12 +52,16 @@ def test_without_selection_an_encoder_gives_hugging_faces_features(towers, name,
 # ── With selection ──
 
 
+PAPER = {"prior": "received", "quality": "softmax", "exponent": 0.5, "normalize": False, "pool_factor": 2.0}
+
+
+@pytest.mark.parametrize("options", [{}, PAPER], ids=["default", "paper"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_kept_tokens_are_the_literal_choice_of_each_image(towers, name):
+def test_kept_tokens_are_the_literal_choice_of_each_image(towers, name, options):
     """Features and prior from the tower, the choice from the listing, image by image."""
     tower = towers[name]
     inputs = tower.example_inputs(3, seeded())
-    tokens = spec(merge=False, normalize=False)
+    tokens = spec(merge=False, **options)
     visual = encode(tower, tokens, inputs)
     form = Form(several=False, selecting=True)
     for number, one in enumerate(tower.split(inputs)):
@@ -65,9 +70,13 @@ def test_kept_tokens_are_the_literal_choice_of_each_image(towers, name):
             stream, context = tower.embed(planned)
             activations = tower.run_blocks(stream, context)
             candidates = tower.visual_tokens(activations, planned)
-            prior = tower.attention_prior(activations, context, planned, "received")
+            prior = tower.attention_prior(activations, context, planned, tokens.prior)[0].numpy()
         compared = candidates[0, :, : tower.selection_width].numpy()
-        kept = torch.tensor(sorted(literal_selection(compared, prior[0].numpy(), 1, 3, tokens.pool_factor)))
+        if options:
+            weighted = compared, prior, 1, 3, 2.0, 0.7, 0.5
+        else:  # q = a / max a is a softmax of log a, and tokens count by direction
+            weighted = compared / np.linalg.norm(compared, axis=1, keepdims=True), np.log(prior), 1, 3, 8.0, 1.0, 1.0
+        kept = torch.tensor(sorted(literal_selection(*weighted)))
         assert len(kept) == math.ceil(candidates.shape[1] / 3)
         assert relative_error(visual.features[number], tower.project(candidates[:, kept])[0]) <= 1e-5
         places = tower.kept_positions(kept[None], planned)[0]
@@ -100,6 +109,42 @@ def test_an_images_selection_does_not_depend_on_its_company(towers, name):
         alone = encode(tower, spec(), one)
         assert torch.equal(alone.features[0], together.features[number])
         assert torch.equal(alone.layouts[0].ids, together.layouts[number].ids)
+
+
+@pytest.mark.parametrize("options", [{}, {"prior": "received", "merge": False}], ids=["default", "without merge"])
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("name", RAGGED)
+def test_one_call_for_images_of_different_sizes_equals_one_call_each(towers, name, images, options):
+    tower = towers[name]
+    inputs = tower.example_inputs(images, seeded(4))
+    tokens = spec(**options)
+    together, alone = (encode(tower, tokens, inputs, several) for several in (True, False))
+    assert len(together.features) == images
+    for features, expected in zip(together.features, alone.features, strict=True):
+        assert relative_error(features, expected) <= 1e-5
+    for layout, expected in zip(together.layouts, alone.layouts, strict=True):
+        assert torch.equal(layout.ids, expected.ids)
+        assert layout.advance == expected.advance
+    assert images == 1 or len({len(features) for features in together.features}) > 1
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_kept_indices_of_smaller_images_end_in_minus_one(towers, name):
+    tower = towers[name]
+    inputs = tower.example_inputs(3, seeded(4))
+    encoder = VisionEncoder(tower, spec(), several=True)
+    (planned,) = tower.calls(inputs, encoder.form)
+    with torch.no_grad():
+        outputs = encoder.run(planned)
+    kept = outputs["kept_indices"]
+    assert kept.shape == outputs["image_features"].shape[:2]
+    counts = planned["token_counts"]
+    assert ((kept >= 0).sum(1) == (counts + 2) // 3).all()
+    for row, layout in zip(kept, tower.layouts(inputs), strict=True):
+        own = row[: int((row >= 0).sum())]
+        assert (own[1:] > own[:-1]).all()
+        assert own[-1] < layout.ids.shape[1]
+    assert len(set(counts.tolist())) > 1
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -139,12 +184,7 @@ def test_several_images_per_call_unless_their_sizes_differ_and_tokens_are_select
     assert form_of(tower, None) == form_of(tower, TokensSpec(method="none")) == Form(several=True)
     assert form_of(tower, None, several=False) == Form(several=False)
     assert form_of(tower, spec()) == Form(several=name not in RAGGED, selecting=True)
-
-
-@pytest.mark.parametrize("name", RAGGED)
-def test_selection_over_several_images_of_different_sizes_is_refused(towers, name):
-    with pytest.raises(InfopruneError, match=r"export\.images = 'several' with token selection"):
-        VisionEncoder(towers[name], spec(), several=True)
+    assert form_of(tower, spec(), several=True) == Form(several=True, selecting=True)
 
 
 @pytest.mark.parametrize("name", ["llava-siglip", *QWEN])

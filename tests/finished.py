@@ -1,0 +1,59 @@
+"""A small finished run of quickstart-qwen, which several test files look at; none may change it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.progress import Progress
+from torch import nn
+
+from infoprune_export.models.vlm import load
+from infoprune_export.pipeline import Run, execute
+from infoprune_export.recipe import ModelSpec, load_recipe
+from infoprune_export.stages import STAGES
+
+STAGE_2 = ("decoder.method=infoprune", "decoder.keep_ratio=1/12")
+
+
+def small(folder: Path) -> list[str]:
+    """Settings of a run that is made in seconds; its model is written into `folder` if it is not there."""
+    if not (model := folder / "two-blocks").exists():
+        _two_blocks(model)
+    return [
+        f"model.name_or_path={model}",
+        "data.calibration_images=8",
+        "data.validation_questions=28",
+        "heads.epochs=1",
+        "heads.remove=0.25",
+        "ffn.method=none",
+        "validate.parity_batches=[2]",
+        "validate.max_accuracy_drop=100.0",
+        "bench={batch_sizes: [1], rounds: 3, warmup: 0}",
+    ]
+
+
+def _two_blocks(folder: Path) -> None:
+    """The testbed model with its first vision block, which has windows, and its last; the export takes the time."""
+    vlm = load(ModelSpec(name_or_path="testbed/tiny-qwen2.5-vl"))
+    visual, config = vlm.model.model.visual, vlm.model.config.vision_config
+    visual.blocks = nn.ModuleList([visual.blocks[0], visual.blocks[-1]])
+    config.depth, config.fullatt_block_indexes = 2, [1]
+    vlm.model.save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
+
+
+def execute_quickstart(folder: Path, last: str, *settings: str, donor: Path | None = None) -> Run:
+    """Bring a run up to a stage; equal stages are taken from `donor`."""
+    recipe = load_recipe("quickstart-qwen", settings)
+    run = Run(recipe, folder, Progress(disable=True), donor=donor)
+    execute(run, STAGES, last)
+    return run
+
+
+def finished(factory: pytest.TempPathFactory) -> Path:
+    """A run with Stage 2, K found, up to its validation; made when a test of the session first asks."""
+    folder = factory.getbasetemp() / "finished"
+    if not (folder / "validation" / "manifest.json").is_file():
+        execute_quickstart(folder, "validation", *small(factory.getbasetemp()), *STAGE_2)
+    return folder
