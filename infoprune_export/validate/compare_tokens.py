@@ -1,8 +1,8 @@
 """Selectors of visual tokens side by side: the same images, questions and language model, one table.
 
-A method is a name of `tokens.selector.METHODS`, which acts in front of the language model, ``decoder:`` and a method of
-a recipe's decoder section, which acts inside it, or ``two-stage``, this package's two together. The model is as it came:
-no head and no neuron is removed.
+A method is a name of `tokens.selector.METHODS`, which acts in front of the language model, ``decoder:`` and a method
+of a recipe's decoder section, which acts inside it, or ``two-stage``, this package's two together. The model is as it
+came: no head and no neuron is removed.
 
 Methods are matched by the mean number of visual tokens over the language model's layers, and their peak is shown. Where
 a method inside it cannot come down to the mean, because layers in front of its first drop see all tokens, it keeps

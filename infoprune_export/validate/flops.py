@@ -21,9 +21,11 @@ def count_flops(module: nn.Module, planned: Mapping[str, Tensor]) -> int:
     activations and softmax are not counted.
     """
     # torch has no FLOP formula for the CPU's fused attention and would count nothing; as plain products it counts.
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(
-        display=False, custom_mapping=_OWN
-    ) as counter:
+    with (
+        torch.inference_mode(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False, custom_mapping=_OWN) as counter,
+    ):
         module(planned)
     return int(counter.get_total_flops())
 
