@@ -158,7 +158,7 @@ def test_several_images_in_one_question(either):
 
 
 def test_a_batch_is_answered_as_one_at_a_time(either):
-    images, questions = asked(either)
+    images, questions = (rows[:9] for rows in asked(either))
     together = either.model.answer_all(images, questions, WORDS)
     assert together == [either.model.answer(row, text, WORDS) for row, text in zip(images, questions, strict=True)]
     assert either.model.answer_all([image for (image,) in images], questions, WORDS) == together

@@ -16,7 +16,7 @@ OPERATORS = values.Opset(DOMAIN, VERSION)
 
 
 # ── Token selection ──────────────────────────────────────────────────────────
-# Pivoted Cholesky in blocks of 64 pivots. A pivot needs its row of the Gram matrix: those of the 128 tokens with the
+# Pivoted Cholesky in blocks of 64 pivots. A pivot needs its row of the Gram matrix: those of the 96 tokens with the
 # largest residuals are made at once for the next block, another one when it is picked, so the Gram matrix itself, 1 GiB
 # at 16k tokens, is never held. Behind each row stands the token's vector, which the same elimination turns into an
 # orthonormal direction; behind a block, all vectors lose its directions. No more than D can be pivots.
@@ -74,16 +74,15 @@ def TokenSelect(  # noqa: N802  (an ONNX operator name)
     z = op.Mul(z, op.Unsqueeze(op.Where(inside, op.Sqrt(op.GatherElements(q, pool, axis=1)), zero), axis2))
     scale_z = op.ReduceMax(op.Abs(z), op.Constant(value_ints=[1, 2]), keepdims=1)
     z = op.Div(z, op.Max(scale_z, op.Constant(value_float=1.1754943508222875e-38)))
-    # greedy choice; `free` is -inf for what is taken or no token at all
-    residual = op.ReduceSumSquare(z, axis2, keepdims=0)
-    threshold = op.Unsqueeze(op.Mul(op.ReduceMax(residual, axis1, keepdims=1), op.Constant(value_float=epsilon)), axis1)
-    free = op.Unsqueeze(op.Where(inside, residual, none), axis1)
+    # greedy choice; `free` holds residuals, -inf for what is taken, zero for padding
+    free = op.Unsqueeze(op.ReduceSumSquare(z, axis2, keepdims=0), axis1)
+    threshold = op.Mul(op.ReduceMax(free, axis2, keepdims=1), op.Constant(value_float=epsilon))
     batch = op.Shape(z, start=0, end=1)
     width = op.Shape(z, start=2, end=3)
     images = op.Unsqueeze(op.Range(first, op.Squeeze(batch), one), axis1)
     steps = op.Min(keep, width)
     blocks = op.Squeeze(op.Div(op.Add(steps, op.Sub(block, axis1)), block))
-    likely_size = op.Min(pool_size, op.Constant(value_ints=[128]))
+    likely_size = op.Min(pool_size, op.Constant(value_ints=[96]))
     numbers = op.Expand(op.Range(first, op.Squeeze(likely_size), one), op.Concat(batch, axis1, likely_size, axis=0))
     nowhere = op.Expand(minus_one, op.Shape(free))
     empty = op.Expand(zero, op.Concat(batch, block, op.Add(pool_size, width), axis=0))

@@ -29,8 +29,9 @@ def scaled_pool(
     scores = np.exp((a - a.max()) / temperature)
     q = (scores / scores.sum()) ** exponent
     pool = np.argsort(-a, kind="stable")[: pool_count(len(a), keep, pool_factor)]
-    x = np.nan_to_num(np.asarray(features[pool], dtype), nan=0.0, posinf=0.0, neginf=0.0)
-    return pool, np.sqrt(q[pool])[:, None] * x
+    z = np.nan_to_num(features[pool].astype(dtype, copy=False), copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+    z *= np.sqrt(q[pool])[:, None]
+    return pool, z
 
 
 def literal_selection(
@@ -105,7 +106,7 @@ def replay(
 
 # ── Fast ─────────────────────────────────────────────────────────────────────
 
-_BLOCK, _LIKELY = 64, 128
+_BLOCK, _LIKELY = 64, 96
 
 
 def token_select(
@@ -128,7 +129,7 @@ def token_select(
         if keep := keep_count(count, numerator, denominator):
             own = features[image, :count], prior[image, :count]
             pool, z = scaled_pool(*own, keep, pool_factor, temperature, exponent, np.float32)
-            z = z / max(np.abs(z).max(), np.finfo(np.float32).tiny)
+            z /= max(z.max(), -z.min(), np.finfo(np.float32).tiny)
             kept[image, :keep] = np.sort(pool[greedy_pivots(z, keep, epsilon)])
     return kept
 
@@ -136,7 +137,7 @@ def token_select(
 def greedy_pivots(z: NDArray[np.floating], keep: int, epsilon: float) -> Indices:
     """The first `keep` pivots of Cholesky on z z^T in their order, for one image; z [M, D] is sorted by prior.
 
-    A pivot needs its row of the Gram matrix. The rows of the 128 tokens with the largest residuals are one matrix
+    A pivot needs its row of the Gram matrix. The rows of the 96 tokens with the largest residuals are one matrix
     product for the next 64 pivots; another pivot's row is computed when it comes. Each row is followed by the token
     itself, which the same elimination turns into an orthonormal direction; behind a block, z loses these. So no M x M
     matrix is ever held, and there are no more pivots than D. What they leave open is filled in the order of the prior.
@@ -160,6 +161,7 @@ def greedy_pivots(z: NDArray[np.floating], keep: int, epsilon: float) -> Indices
             free -= factor[j, :size] ** 2
             free[pivot] = -np.inf
             chosen.append(pivot)
-        z = z - factor[:, :size].T @ factor[:, size:]
+        if len(chosen) < steps:
+            z = z - factor[:, :size].T @ factor[:, size:]
     rest = np.setdiff1d(np.arange(size), chosen)[: keep - len(chosen)]
     return np.concatenate((np.array(chosen, np.int64), rest))

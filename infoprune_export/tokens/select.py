@@ -1,8 +1,8 @@
 """Stage 1 visual-token selection and merge (paper B, section 3.1, Algorithm 1), in PyTorch.
 
 Algorithm 1's greedy choice of the largest residual is column-pivoted QR of Z^T, which is pivoted Cholesky of the Gram
-Z Z^T: the same sequence in exact arithmetic, at O(M^2 d + T^2 M) instead of O(M d T^2). The Gram and the factor are
-fp32 whatever the model's dtype. Decisions the paper leaves open:
+Z Z^T: the same sequence in exact arithmetic, at O(M d T) instead of O(M d T^2), see `greedy_pivots`. All of it is fp32
+whatever the model's dtype. Decisions the paper leaves open:
 
 - the pool is ranked on the prior a, not on q = softmax(a / tau)^gamma_q: the order is the same, but q has far fewer
   distinct values in low precision;
@@ -26,7 +26,8 @@ from infoprune_export.recipe import TokensSpec
 from infoprune_export.tokens.selector import Candidates, Selection
 
 EPSILON = 1e-5
-_BLOCK = 64
+BLOCK, LIKELY = 64, 96
+"""Pivots between two eliminations of z, and how many tokens' rows of the Gram matrix are made at once for them."""
 
 
 def keep_count(tokens: int, numerator: int, denominator: int) -> int:
@@ -111,33 +112,52 @@ def greedy_pivots(z: Tensor, inside: Tensor, keep: int, epsilon: float) -> Tenso
     z [B, M, D] is sorted by prior; of each image's rows only those `inside` (bool [B, M]) can be pivots. Where there
     are fewer of them than `keep`, what follows them means nothing.
 
-    Left-looking inside blocks of 64 pivots, with one matrix product between blocks (LAPACK's pstrf). Once the largest
-    residual is at most the threshold it stays there, so the fill needs no branch: saturated rows rank by position.
+    A pivot needs its row of the Gram matrix. The rows of the 96 tokens with the largest residuals are one matrix
+    product for the next 64 pivots; another pivot's row is computed when it comes. Each row is followed by the token
+    itself, which the same elimination turns into an orthonormal direction; behind a block, z loses these. So no M x M
+    matrix is ever held, and there are no more pivots than D. Once the largest residual is at most the threshold it
+    stays there; what is left open is filled by position.
     """
-    batch, size, _ = z.shape
-    rows = torch.arange(batch, device=z.device)
-    gram = z @ z.transpose(1, 2)
-    residual = z.square().sum(-1)
-    threshold = epsilon * residual.amax(1, keepdim=True)
-    taken = torch.zeros_like(residual).masked_fill(~inside, -math.inf)
-    position = -torch.arange(size, dtype=residual.dtype, device=z.device)
-    pivots = []
-    for start in range(0, keep, _BLOCK):
-        factor = z.new_zeros(min(_BLOCK, keep - start), batch, size)
-        for j in range(len(factor)):
-            free = residual + taken
-            saturated = free.amax(1, keepdim=True) <= threshold
-            pivot = torch.where(saturated, position + taken, free).argmax(1)
+    batch, size, width = z.shape
+    images = torch.arange(batch, device=z.device)
+    free = z.square().sum(-1)
+    threshold = epsilon * free.amax(1)
+    free = free.masked_fill(~inside, -math.inf)
+    order = torch.arange(0, -size, -1, device=z.device).repeat(batch, 1).masked_fill(~inside, -size)
+    steps = min(keep, width)
+    for start in range(0, steps, BLOCK):
+        if not bool((free.amax(1) > threshold).any()):
+            break
+        likely = free.topk(min(size, LIKELY), dim=1).indices
+        vectors = z.gather(1, likely[..., None].expand(-1, -1, width))
+        rows = torch.cat((vectors @ z.mT, vectors), dim=2)
+        numbers = torch.arange(likely.shape[1], device=z.device).expand_as(likely)
+        row_number = torch.full_like(order, -1).scatter(1, likely, numbers)
+        factor = z.new_zeros(batch, min(BLOCK, steps - start), size + width)
+        pivots, bests = [], []
+        for j in range(factor.shape[1]):
+            best, pivot = free.max(1)
+            number = row_number[images, pivot]
+            # On a GPU, asking which rows are there costs more than computing all.
+            if z.is_cpu and int(number.min()) >= 0:
+                row = rows[images, number]
+            else:
+                vector = z[images, pivot][:, None]
+                row = torch.cat((vector @ z.mT, vector), dim=2)[:, 0]
+            known = factor[images, :j, pivot][:, None]
+            scale = best.sqrt().masked_fill_(best <= threshold, math.inf)[:, None]
+            column = torch.baddbmm(row[:, None], known, factor[:, :j], alpha=-1)[:, 0] / scale
+            factor[:, j] = column
+            free = free.addcmul(column[:, :size], column[:, :size], value=-1)
+            free[images, pivot] = torch.where(best > threshold, -math.inf, best)
             pivots.append(pivot)
-            known = (factor[:j, rows, pivot][..., None] * factor[:j]).sum(0)
-            scale = residual[rows, pivot].clamp_min(1e-30).sqrt()[:, None]
-            column = torch.where(saturated, 0.0, (gram[rows, pivot] - known) / scale)
-            factor[j] = column
-            residual = (residual - column.square()).clamp_min(0)
-            taken[rows, pivot] = -math.inf
-        wide = factor.transpose(0, 1)
-        gram = gram - wide.transpose(1, 2) @ wide
-    return torch.stack(pivots, dim=1)
+            bests.append(best)
+        chosen = torch.stack(bests, 1) > threshold[:, None]
+        ranks = torch.where(chosen, keep - start - torch.arange(len(pivots), device=z.device), -size)
+        order = order.scatter_reduce(1, torch.stack(pivots, 1), ranks, "amax")
+        if start + BLOCK < steps:
+            z = torch.baddbmm(z, factor[..., :size].mT, factor[..., size:], alpha=-1)
+    return order.topk(keep, dim=1).indices
 
 
 def merge_tokens(features: Tensor, kept: Tensor, counts: Tensor, inertia: float, above: float = -1.0) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from infoprune_export.models import attention  # noqa: F401  (defines its operator)
-from infoprune_export.tokens.select import keep_count, pool_count
+from infoprune_export.tokens.select import BLOCK, LIKELY, keep_count, pool_count
 
 
 def count_flops(module: nn.Module, planned: Mapping[str, Tensor]) -> int:
@@ -46,11 +46,16 @@ def _token_select(
     *_: Any,
     **__: Any,
 ) -> int:
-    """Gram matrix of the pool, and the T steps of its Cholesky factor."""
+    """By blocks of pivots (see `greedy_pivots`): likely rows of the Gram matrix, their elimination, and that of z."""
     batch, tokens, width = features
     keep = keep_count(tokens, numerator, denominator)
     pool = pool_count(tokens, keep, pool_factor)
-    return 2 * batch * pool * pool * width + batch * keep * keep * pool
+    steps, total = min(keep, width), 0
+    for start in range(0, steps, BLOCK):
+        block = min(BLOCK, steps - start)
+        total += 2 * min(pool, LIKELY) * pool * width + block * (block - 1) * (pool + width)
+        total += 2 * block * pool * width if start + BLOCK < steps else 0
+    return batch * total
 
 
 # To the dispatcher, a custom operator is one call of unknown content.

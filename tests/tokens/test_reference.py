@@ -108,6 +108,12 @@ def test_fast_pivots_behind_the_rank_are_in_the_order_of_the_prior():
     assert greedy_pivots(z, 3, 1e-5).tolist() == [5, 0, 1]
 
 
+def test_fast_pivots_are_different_tokens_even_without_a_threshold():
+    z = vectors("low rank", np.random.default_rng(0), 40, 30)
+    pivots = greedy_pivots(z, 40, 0.0)
+    assert sorted(pivots.tolist()) == list(range(40))
+
+
 def test_fast_selection_leaves_its_inputs_alone_and_computes_in_fp32():
     features, prior, counts = padded([image(0, 30, 8), image(1, 12, 8)])
     before = features.copy(), prior.copy(), counts.copy()

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -179,7 +180,9 @@ def test_memory_is_what_an_answer_needs_on_top_of_the_model():
 
 
 @on_linux
-def test_a_process_that_is_ended_is_one_line():
+def test_a_process_that_is_ended_is_one_line(monkeypatch):
+    # A forked process has loaded everything already.
+    monkeypatch.setattr(first_token.multiprocessing, "get_context", lambda method: get_context("fork"))
     with pytest.raises(InfopruneError) as caught:
         first_token.peak_memory(ended, (), "unpruned", 16)
     message = str(caught.value)

@@ -36,12 +36,12 @@ def test_a_mask_saves_nothing(random_vlm, pixels):
 
 
 def test_selection_costs_what_its_formula_says(random_vlm, pixels):
-    """Prior over 64 rows, Gram of a pool of 40 unit features, merge of 64 tokens into 32; the projector does half."""
+    """Prior over 64 rows, 32 pivots of a pool of 40 unit features, merge of 64 tokens into 32; half the projector."""
     dense = count_flops(VisionEncoder(random_vlm.tower, None), pixels)
     selected = count_flops(VisionEncoder(random_vlm.tower, TokensSpec(keep_ratio="1/2", pool_factor=1.25)), pixels)
     projector = 2 * 32 * (32 * 128 + 128 * 128)
     keys = 3 * 2 * 65 * 32 * 32
     prior = 2 * 4 * 64 * 65 * (8 + 1)
-    gram = 2 * 40 * 40 * 32 + 32 * 32 * 40
+    pivots = 2 * 40 * 40 * 32 + 32 * 31 * (40 + 32)
     merge = 2 * 2 * 64 * 32 * 32
-    assert selected - dense == 3 * (keys + prior + gram + merge - projector)
+    assert selected - dense == 3 * (keys + prior + pivots + merge - projector)
