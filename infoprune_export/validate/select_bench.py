@@ -196,7 +196,6 @@ def gram_schmidt(z: Floats, keep: int, epsilon: float) -> list[int]:
         direction = rows[pivot] - (basis[:step] @ rows[pivot]) @ basis[:step]
         basis[step] = direction / direction.norm()
         residual = residual - (rows @ basis[step]).square()
-        residual[pivot] = -torch.inf
         pivots.append(pivot)
     return pivots
 

@@ -168,6 +168,15 @@ def test_what_the_greedy_step_leaves_open_is_filled_by_prior(select):
     assert select(*one(features, prior), 3, 6).tolist() == [[0, 2, 4]]
 
 
+@pytest.mark.parametrize("select", [by_onnx, by_numpy])
+def test_no_more_are_chosen_than_there_are_dimensions(select):
+    """Without a threshold, rounding errors would go on."""
+    features, prior = image(5, 40, 6)
+    chosen = literal_selection(features, prior, 6, 40, 40.0)
+    rest = [i for i in np.argsort(-prior).tolist() if i not in chosen][:14]
+    assert select(*one(features, prior), 1, 2, pool_factor=40.0, epsilon=0.0).tolist() == [sorted(chosen + rest)]
+
+
 def test_one_token_and_one_of_one(select):
     assert select(*one(*image(0, 1, 8)), 1, 9).tolist() == [[0]]
     features = np.array([[1.0, 0], [0, 3.0], [2.0, 0]], np.float32)

@@ -112,6 +112,9 @@ def test_fast_pivots_are_different_tokens_even_without_a_threshold():
     z = vectors("low rank", np.random.default_rng(0), 40, 30)
     pivots = greedy_pivots(z, 40, 0.0)
     assert sorted(pivots.tolist()) == list(range(40))
+    # No more are chosen than there are dimensions; the others come by place.
+    few = greedy_pivots(z[:, :6], 20, 0.0).tolist()
+    assert few[6:] == [i for i in range(40) if i not in few[:6]][:14]
 
 
 def test_fast_selection_leaves_its_inputs_alone_and_computes_in_fp32():
