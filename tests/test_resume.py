@@ -22,7 +22,7 @@ from infoprune_export.data import testbed
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-STAGES = "data baseline gates heads ffn checkpoint accuracy onnx engine validation".split()
+STAGES = "data baseline decoder gates heads ffn checkpoint accuracy onnx engine validation".split()
 SMALL = (
     "data.calibration_images=16",
     "data.validation_questions=24",

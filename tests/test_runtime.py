@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from finished import STAGE_2, execute_quickstart, finished, small
 from PIL import Image
 
+from infoprune_export import runtime
 from infoprune_export.cli import main
 from infoprune_export.data import dataset
 from infoprune_export.errors import InfopruneError
@@ -143,10 +144,19 @@ def test_an_image_is_a_path_a_name_or_a_picture(either):
     assert [either.model.answer(form, question, WORDS) for form in forms] == expected * len(forms)
 
 
-def test_pictures_are_looked_at_in_rgb(without_stage_2):
+def test_pictures_reach_the_processor_in_rgb(without_stage_2, monkeypatch):
+    """Not every model's processor converts them."""
+
+    def spy(vlm, pictures, *arguments):
+        modes.extend(picture.mode for picture in pictures)
+        return preprocess(vlm, pictures, *arguments)
+
+    modes: list[str] = []
+    monkeypatch.setattr(runtime, "preprocess", spy)
     grey = Image.open(without_stage_2.images[0]).convert("L")
-    seen = without_stage_2.model.encode([grey, grey.convert("RGB")]).features
-    assert torch.equal(*seen)
+    seen = without_stage_2.model.encode([grey, grey.convert("P"), grey.convert("RGB")]).features
+    assert modes == ["RGB"] * 3
+    assert torch.equal(seen[0], seen[2])
 
 
 def test_several_images_in_one_question(either):

@@ -128,7 +128,7 @@ def TokenSelect(  # noqa: N802  (an ONNX operator name)
 
 
 # ── Attention received ───────────────────────────────────────────────────────
-# models.attention.received_attention, 128 rows at a time. The last block's surplus rows repeat the last one at weight 0.
+# models.attention.received_attention, 128 rows at a time. Surplus rows of the last block repeat a row at weight 0.
 
 
 @script(OPERATORS, default_opset=op)
@@ -147,6 +147,8 @@ def ReceivedAttention(query, key, row_weight, key_bias, scale: float):  # noqa: 
         place = op.Min(wanted, op.Sub(rows, axis1))
         weight = op.Where(op.Less(wanted, rows), op.Gather(row_weight, place, axis=1), op.Constant(value_float=0.0))
         attention = op.Softmax(op.Add(op.MatMul(op.Gather(scaled, place, axis=2), keys), bias), axis=-1)
-        weighted = op.Mul(op.ReduceMean(attention, axis1, keepdims=0), op.Unsqueeze(weight, op.Constant(value_ints=[2])))
+        weighted = op.Mul(
+            op.ReduceMean(attention, axis1, keepdims=0), op.Unsqueeze(weight, op.Constant(value_ints=[2]))
+        )
         received = op.Add(received, op.ReduceSum(weighted, axis1, keepdims=0))
     return received

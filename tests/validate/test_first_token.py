@@ -38,7 +38,7 @@ def tiny() -> VLM:
 
 
 def contest() -> Contest:
-    """Unpruned, a quarter of the tokens, the same with Stage 2, and unpruned behind a delay."""
+    """Unpruned, a quarter of the tokens, the same with Stage 2, and one that is late and loses half of an image."""
     vlm = tiny()
     whole = VisionEncoder(vlm.tower, None).encode
     quarter = VisionEncoder(vlm.tower, TokensSpec(keep_ratio="1/4")).encode
@@ -55,7 +55,10 @@ def contest() -> Contest:
 
 def delayed(see, inputs: dict[str, Tensor]) -> VisualTokens:
     time.sleep(DELAY)
-    return see(inputs)
+    seen = see(inputs)
+    kept = [torch.arange(len(features)) for features in seen.features]
+    kept[-1] = kept[-1][::2]
+    return VisualTokens.of([part[k] for part, k in zip(seen.features, kept, strict=True)], seen.layouts, kept)
 
 
 def greedy(see, inputs: dict[str, Tensor]) -> VisualTokens:
@@ -112,7 +115,7 @@ def test_rows_hold_times_ratios_and_tokens_of_every_side():
     assert result["threads"] == SPEC.threads == torch.get_num_threads()
     rows = {(row["batch_size"], row["side"]): row for row in result["rows"]}
     assert list(rows) == [(size, side) for size in (1, 3) for side in contest().sides]
-    assert [row["visual_tokens"] for row in rows.values()] == [64, 16, 16, 64] * 2
+    assert [row["visual_tokens"] for row in rows.values()] == [64, 16, 16, 32, 64, 16, 16, (64 + 64 + 32) / 3]
     for (size, side), row in rows.items():
         # The encoder is a part of the way to the first token, timed in turns of its own.
         assert 0 < row["encoder_milliseconds"]["p50"] < row["milliseconds"]["p50"], (size, side)
