@@ -54,6 +54,12 @@ def _gates_slice(recipe: Recipe) -> dict[str, Any]:
     return {"heads": {k: v for k, v in heads.items() if k not in ("remove", "threshold")}, "seed": recipe.seed}
 
 
+def _decoder_slice(recipe: Recipe) -> dict[str, Any]:
+    tree = recipe.to_dict()
+    # Only a layer that is looked for depends on the tokens that come in.
+    return {name: tree[name] for name in ("decoder", "tokens") if name == "decoder" or recipe.decoder.finds_layer}
+
+
 def _target_slice(recipe: Recipe) -> dict[str, Any]:
     from infoprune_export.recipe import load_target
 
@@ -65,7 +71,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage("data", "calibration and validation data", (), data_slice, make_data, uses_model=False),
         Stage("baseline", "answers of the original", ("data",), _sections(), make_baseline),
-        Stage("decoder", "layer of Stage 2 found", ("data",), _sections("decoder", "tokens"), make_decoder),
+        Stage("decoder", "layer of Stage 2 found", ("data",), _decoder_slice, make_decoder),
         Stage("gates", "head gates trained", ("data",), _gates_slice, make_gates, resumable=True),
         Stage("heads", "heads chosen and refitted", ("data", "gates"), _sections("heads", "refit"), make_heads),
         Stage("ffn", "FFNs compressed", ("data", "heads"), _sections("ffn", "refit", "seed"), make_ffn),
