@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from infoprune_export.data.vqa import Sample
 from infoprune_export.errors import InfopruneError
-from infoprune_export.ffn.plan import FfnChoice, FfnPlan
-from infoprune_export.models.calibration import AffineFit, Streams, TaskLoss, batches, captured_input, embed_all
+from infoprune_export.ffn.plan import FfnPlan
+from infoprune_export.ffn.widths import remove_neurons
+from infoprune_export.models.calibration import AffineFit, TaskLoss, batches, captured_input
 from infoprune_export.models.vlm import VLM
 from infoprune_export.recipe import FfnSpec
-from infoprune_export.rewrite.surgery import FFN_OUT
 
 _DAMPING = 1e-4
 
@@ -166,16 +166,4 @@ def compress_obs(
     full = [block.ffn_shape.size for block in blocks]
     widths = allocate([e.cost for e in eliminations], int(spec.keep_macs * sum(full)), spec.round_to)
     kept = [sorted(e.order[size - width :].tolist()) for e, size, width in zip(eliminations, full, widths, strict=True)]
-    plan = FfnPlan(tuple(full), tuple(FfnChoice("mlp", tuple(neurons)) for neurons in kept))
-    weights: dict[str, Tensor] = {}
-    streams = Streams(embed_all(original, samples), original.device)
-    for i, (before, after) in enumerate(zip(original.tower.blocks, blocks, strict=True)):
-        if len(kept[i]) < full[i]:
-            after.keep_neurons(kept[i])
-        if ridge is not None:
-            weight, bias = streams.refit("ffn", before, after, ridge)
-            after.set_ffn_out(weight, bias)
-            weights[f"{i}.{FFN_OUT}.weight"], weights[f"{i}.{FFN_OUT}.bias"] = weight, bias
-        streams.advance(before, after)
-        on_block(i)
-    return plan, weights
+    return remove_neurons(original, pruned, kept, samples, ridge=ridge, on_block=on_block)
