@@ -1,0 +1,108 @@
+"""Sections about what is delivered: export, engine, validation, latency; and the machine it is for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from infoprune_export.recipe.base import Sizes, Spec
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ExportSpec(Spec):
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Type of weights and activations; the module is exported as it is typed, the graph is never converted."""
+    quantization: Literal["none", "int8"] = "none"
+    """INT8 weights and activations of linear layers (QDQ), calibrated on the calibration images; needs fp32."""
+    images: Literal["auto", "one", "several"] = "auto"
+    """Images per call where the family allows any size (Qwen, LLaVA-NeXT). One is faster, and all that token selection
+    takes there. Auto: several without selection, one with it."""
+    opset: int = Field(20, ge=18, le=22)
+    """20 is the newest every supported TensorRT reads (10.3 on Jetson included)."""
+
+    @model_validator(mode="after")
+    def _types_fit(self) -> ExportSpec:
+        if self.quantization == "int8" and self.precision != "fp32":
+            raise ValueError(f"quantization int8 with precision {self.precision}: INT8 is made from fp32; use fp32")
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """`precision` as torch names it."""
+        import torch
+
+        return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.precision]
+
+    @property
+    def several(self) -> bool | None:
+        """`images` as the exporter takes it."""
+        return None if self.images == "auto" else self.images == "several"
+
+    @property
+    def numerics(self) -> str:
+        """What tolerances go by: fp32, fp16, bf16 or int8."""
+        return "int8" if self.quantization == "int8" else self.precision
+
+
+class EngineSpec(Spec):
+    target: str = "onnxruntime-cpu"
+    """A file of ``engines/targets`` without its suffix, or a path to one."""
+
+
+class ValidateSpec(Spec):
+    """What the verdict demands. Scales are relative to the largest absolute output."""
+
+    max_accuracy_drop: float = Field(4.0, ge=0)
+    """Points, original to engine; the standard error of the difference is printed beside it, not added to it."""
+    min_agreement: float = Field(0.8, ge=0, le=1)
+    """Without annotations: fraction of questions both models answer alike."""
+    rewrite_tolerance: float = Field(1e-5, gt=0)
+    onnx_tolerance: float | None = Field(None, gt=0)
+    """Largest error, relative. By default 1e-4 in fp32, 3e-2 in fp16, 0.2 in bf16, 0.5 in INT8."""
+    min_cosine: float | None = Field(None, ge=0, le=1)
+    """By default 0.999999 in fp32, 0.9995 in fp16, 0.99 in bf16, 0.99 in INT8."""
+    replay_tolerance: float = Field(1e-2, gt=0)
+    """Worst step of the kept indices when replayed in float64: 1 - residual / best residual. Judged in fp32 only: in
+    lower precision the features themselves differ by more, and accuracy judges."""
+    parity_batches: Sizes = (1, 3, 8)
+
+    @field_validator("parity_batches", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class BenchSpec(Spec):
+    """Latency, original against compressed, interleaved in one process."""
+
+    batch_sizes: Sizes = (1, 16)
+    rounds: int = Field(30, ge=3)
+    warmup: int = Field(3, ge=0)
+    threads: int = Field(1, ge=1)
+    """CPU threads inside an operator. One, because small pruned GEMMs scale worse than large ones."""
+
+    @field_validator("batch_sizes", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class Target(Spec):
+    """A machine an engine is built for: ``engines/targets/NAME.yaml``."""
+
+    name: str
+    description: str
+    backend: Literal["onnxruntime"]
+    providers: tuple[str, ...] = Field(min_length=1)
+    """ONNX Runtime execution providers, most wanted first; the first must be available."""
+    graph_optimization: Literal["basic", "extended", "all"] = "all"
+    threads: int = Field(0, ge=0)
+    """Threads inside an operator; 0 lets ONNX Runtime decide."""
+
+    @field_validator("providers", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value

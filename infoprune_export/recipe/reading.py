@@ -1,0 +1,171 @@
+"""Reading recipes and targets: YAML, overrides, variants, and every refusal in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.resources
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+
+from infoprune_export.errors import InfopruneError
+from infoprune_export.recipe.delivery import Target
+from infoprune_export.recipe.whole import Recipe
+
+
+def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by path or shipped name and apply ``dotted.key=value`` overrides (values are YAML).
+
+    Raises:
+        InfopruneError: no such file, not YAML, unknown key, wrong type, value out of range.
+    """
+    path = find_asset("recipes", name)
+    tree = _read_mapping(path)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise InfopruneError(f"--set {override!r}: expected KEY=VALUE, for example --set heads.remove=0.25")
+        try:
+            value = yaml.safe_load(text)
+        except _YAML_ERRORS:
+            raise InfopruneError(f"--set {override!r:.80}: the value is not valid YAML; quote it") from None
+        _check_plain(value, f"--set {key}")
+        _assign(tree, key, value)
+    recipe = _check(Recipe, tree, path)
+    for variant in recipe.variants:
+        variant_of(recipe, variant)
+    return recipe
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe as a run's folder records it.
+
+    Raises:
+        InfopruneError: see `load_recipe`.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InfopruneError(f"{path}: cannot be read ({error.strerror}); name the folder of a run") from None
+    except (ValueError, RecursionError):
+        raise InfopruneError(f"{path}: not valid JSON; run the recipe again") from None
+    recipe: Recipe = _check(Recipe, tree, path)
+    return recipe
+
+
+def variant_of(recipe: Recipe, variant: str) -> Recipe:
+    """The recipe with one variant's overrides applied, and no variants of its own."""
+    tree = recipe.to_dict()
+    tree.update(name=f"{recipe.name}-{variant}", variants={})
+    origin = f"variant {variant!r} of {recipe.name}"
+    for key, value in recipe.variants[variant].items():
+        try:
+            _assign(tree, key, value)
+        except InfopruneError as error:
+            raise InfopruneError(f"{origin}: {error}") from None
+    return _check(Recipe, tree, origin)
+
+
+def load_target(name: str) -> Target:
+    """Read a target by shipped name or path."""
+    path = find_asset("targets", name)
+    return _check(Target, _read_mapping(path), path)
+
+
+def assets(kind: Literal["recipes", "targets"]) -> dict[str, Path]:
+    """Shipped YAML files by name: from the installed package, or from the source tree."""
+    package = Path(str(importlib.resources.files("infoprune_export")))
+    source = {"recipes": package.parent / "recipes", "targets": package.parent / "engines" / "targets"}[kind]
+    folder = next((f for f in (package / "assets" / kind, source) if f.is_dir()), source)
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
+
+
+def find_asset(kind: Literal["recipes", "targets"], name: str | Path) -> Path:
+    """A file given by path, else a shipped one given by name."""
+    path = Path(name)
+    with contextlib.suppress(OSError):  # a name too long to be one
+        if path.is_file():
+            return path
+    shipped = assets(kind)
+    by_name = {alias: file for stem, file in shipped.items() for alias in (stem, f"{stem}.yaml", f"{kind}/{stem}.yaml")}
+    if str(name) in by_name:
+        return by_name[str(name)]
+    what = kind.removesuffix("s")
+    raise InfopruneError(
+        f"no {what} at {str(name)!r:.200}; give a file or one of: {', '.join(shipped) or 'none shipped'}"
+    )
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except _YAML_ERRORS as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where is not None else ""
+        raise InfopruneError(f"{path}{line}: not valid YAML; check quotes and indentation") from None
+    except OSError as error:
+        raise InfopruneError(f"{path}: cannot be read ({error.strerror})") from None
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise InfopruneError(f"{path}: expected a mapping of keys to values, found {type(tree).__name__}")
+    _check_plain(tree, str(path))
+    return tree
+
+
+# What yaml's constructors let through on values such as 2020-13-45, and on nesting without end.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError, RecursionError)
+
+
+def _check_plain(value: Any, origin: str) -> None:
+    """Refuse what YAML allows and JSON does not: aliases that contain themselves, bytes, dates."""
+    try:
+        json.dumps(value, allow_nan=True)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InfopruneError(f"{origin}: not a tree of plain values ({error}); quote the value") from None
+
+
+def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise InfopruneError(
+                f"{dotted}: {parent!r} is a value, not a section; see infoprune-export recipes --schema"
+            )
+        tree = child
+    tree[last] = value
+
+
+def _check(spec: type[Any], tree: dict[str, Any], origin: Path | str) -> Any:
+    try:
+        return spec.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise InfopruneError(f"{origin}: {_explain(spec, error)}") from None
+
+
+def _explain(spec: type[pydantic.BaseModel], error: pydantic.ValidationError) -> str:
+    """The first problem in one line: dotted key, what is wrong, what is allowed."""
+    problem = error.errors()[0]
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        siblings = _fields(spec, location[:-1])
+        close = difflib.get_close_matches(location[-1], siblings, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(siblings)}"
+        return f"unknown key {key!r}; {hint}"
+    if problem["type"] == "missing":
+        return f"{key!r} is required"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = repr(problem["input"])
+    return f"{key} = {shown if len(shown) < 60 else shown[:57] + '...'}: {message[0].lower()}{message[1:]}"
+
+
+def _fields(spec: type[pydantic.BaseModel], location: Sequence[str]) -> list[str]:
+    names = {field.alias or name: field.annotation for name, field in spec.model_fields.items()}
+    if location and isinstance(child := names.get(location[0]), type) and issubclass(child, pydantic.BaseModel):
+        return _fields(child, location[1:])
+    return sorted(names)

@@ -1,0 +1,81 @@
+"""A whole recipe: which model and data, and the sections of the other files."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from infoprune_export.recipe.base import Name, Spec
+from infoprune_export.recipe.delivery import BenchSpec, EngineSpec, ExportSpec, ValidateSpec
+from infoprune_export.recipe.structure import FfnSpec, HeadsSpec, RefitSpec
+from infoprune_export.recipe.visual_tokens import DecoderSpec, TokensSpec
+
+
+class ModelSpec(Spec):
+    """The vision-language model to compress."""
+
+    name_or_path: str = Field(min_length=1)
+    """A folder, a hub id such as ``llava-hf/llava-1.5-7b-hf`` (nothing else uses the network), or ``testbed/…``."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+    image_packing: Literal["anyres", "tiles"] = "anyres"
+    """LLaVA-NeXT only. Its own packing, or all tokens of all tiles (2880 for 2 x 2), as in token pruning papers."""
+
+
+class DataSpec(Spec):
+    """Images and questions for calibration and validation; an image is used for one of the two, never both.
+
+    Without `images`, procedural scenes are drawn. With `images` alone, calibration distils features and validation
+    counts how often both models give the same answer to `prompts`. With `questions` and `annotations` (VQAv2 JSON),
+    calibration uses the answers and validation the VQA accuracy.
+    """
+
+    images: str | None = None
+    questions: str | None = None
+    annotations: str | None = None
+    prompts: tuple[str, ...] = ("Describe the image.",)
+    calibration_images: int = Field(448, ge=1)
+    validation_questions: int = Field(2000, ge=1)
+    scene_sizes: Literal["square", "mixed"] = "square"
+    """Sizes of the procedural scenes: 112 x 112 pixels, or one of seven sizes of about that area for each scene."""
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _complete(self) -> DataSpec:
+        if (self.questions is None) != (self.annotations is None):
+            raise ValueError("questions and annotations belong together: give both VQAv2 files or neither")
+        if self.questions is not None and self.images is None:
+            raise ValueError("questions need images: name the folder their image ids refer to")
+        if not self.prompts:
+            raise ValueError("prompts is empty: give at least one question")
+        return self
+
+
+class Recipe(Spec):
+    """A whole run. `variants` name sets of ``dotted.key: value`` overrides that are run beside it, up to accuracy."""
+
+    name: Name
+    description: str = ""
+    seed: int = Field(0, ge=0, lt=2**63)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    model: ModelSpec
+    data: DataSpec = DataSpec()
+    heads: HeadsSpec = HeadsSpec()
+    ffn: FfnSpec = FfnSpec()
+    refit: RefitSpec = RefitSpec()
+    tokens: TokensSpec = TokensSpec()
+    decoder: DecoderSpec = DecoderSpec()
+    export: ExportSpec = ExportSpec()
+    engine: EngineSpec = EngineSpec()
+    validate_: ValidateSpec = Field(ValidateSpec(), alias="validate")
+    bench: BenchSpec = BenchSpec()
+    variants: dict[Name, dict[str, Any]] = Field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, keys as in the YAML file."""
+        return self.model_dump(mode="json", by_alias=True)
