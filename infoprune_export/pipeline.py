@@ -66,8 +66,8 @@ class Run:
     recipe: Recipe
     folder: Path
     progress: Progress
-    donor: Path | None = None
-    """Another run's folder; stages with equal keys are taken from there."""
+    donors: tuple[Path, ...] = ()
+    """Other runs' folders; stages with equal keys are taken from the first that has them."""
     finished: dict[str, Path] = field(default_factory=dict)
 
     def folder_of(self, stage: str) -> Path:
@@ -186,7 +186,7 @@ def _bring_up_to_date(run: Run, stage: Stage, *, force: bool) -> Path:
         verify(folder, manifest)
         run.progress.console.print(f"[dim]{stage.name:<11} up to date[/dim]")
         return folder
-    if run.donor is not None and not force and _take_from_donor(run.donor / stage.name, folder, key):
+    if not force and any(_take_from_donor(donor / stage.name, folder, key) for donor in run.donors):
         run.progress.console.print(f"[dim]{stage.name:<11} shared[/dim]")
         return folder
     started = time.monotonic()

@@ -96,7 +96,7 @@ def own_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 # ── Pruning of every kind at once ──
 
-_HEADS: list[tuple[int, ...]] = [(), (2,), (0, 1, 2, 3), (0, 3), (1,), (1, 2, 3)]
+_HEADS: list[tuple[int, ...]] = [(), (2,), (0, 1, 2, 3), (0, 3), (1,), (1, 2, 3), (0, 1), (3,)]
 
 
 def head_plan(tower: VisionTower) -> HeadPlan:
@@ -105,17 +105,19 @@ def head_plan(tower: VisionTower) -> HeadPlan:
 
 
 def ffn_plan(tower: VisionTower) -> FfnPlan:
-    """Half, no, all and one neuron, and a linear replacement."""
-    width = tower.blocks[0].ffn_shape.size
+    """Half, no, all and one neuron, a linear replacement, factors, and a bypass."""
+    width, projections = tower.blocks[0].ffn_shape.size, len(tower.blocks[0].ffn_projections)
     choices = [
         FfnChoice("mlp", tuple(range(0, width, 2))),
         FfnChoice("mlp", ()),
         FfnChoice("mlp", tuple(range(width))),
         FfnChoice("linear", rank=5),
         FfnChoice("mlp", (3,)),
+        FfnChoice("factored", tuple(range(width)), ranks=(6, 7, 9)[-projections:]),
+        FfnChoice("bypass", tuple(range(0, width, 3)), rank=4),
         FfnChoice("mlp", tuple(range(7, width))),
     ]
-    return FfnPlan((width,) * len(tower.blocks), tuple(choices[: len(tower.blocks)]))
+    return FfnPlan.for_blocks(tower.blocks, choices[: len(tower.blocks)])
 
 
 def refitted(tower: VisionTower, heads: HeadPlan, ffn: FfnPlan, generator: torch.Generator) -> dict[str, Tensor]:
@@ -126,11 +128,19 @@ def refitted(tower: VisionTower, heads: HeadPlan, ffn: FfnPlan, generator: torch
         shapes = {
             "attention_out.weight": (width, len(kept) * block.head_dim),
             "attention_out.bias": (width,),
-            "ffn_out.weight": (width, choice.size),
+            "ffn_out.weight": (width, choice.size + (choice.rank if choice.kind == "bypass" else 0)),
             "ffn_out.bias": (width,),
         }
         if choice.kind == "linear":
             shapes["ffn_in.weight"] = (choice.size, width)
+        elif choice.kind == "bypass":
+            shapes["ffn_bypass.weight"] = (choice.rank, width)
+        elif choice.kind == "factored":
+            roles = ["ffn_in", "ffn_gate"][: len(choice.ranks) - 1]
+            for role, rank in zip([*reversed(roles), "ffn_out"], choice.ranks, strict=True):
+                rows, columns = (width, choice.size) if role == "ffn_out" else (choice.size, width)
+                shapes |= {f"{role}.weight": (rows, rank), f"{role}.bias": (rows,)}
+                shapes[f"{role}_factor.weight"] = (rank, columns)
         for name, shape in shapes.items():
             weights[f"{i}.{name}"] = 0.1 * torch.randn(shape, generator=generator)
     return weights

@@ -46,7 +46,7 @@ def _two_blocks(folder: Path) -> None:
 def execute_quickstart(folder: Path, last: str, *settings: str, donor: Path | None = None) -> Run:
     """Bring a run up to a stage; equal stages are taken from `donor`."""
     recipe = load_recipe("quickstart-qwen", settings)
-    run = Run(recipe, folder, Progress(disable=True), donor=donor)
+    run = Run(recipe, folder, Progress(disable=True), donors=() if donor is None else (donor,))
     execute(run, STAGES, last)
     return run
 

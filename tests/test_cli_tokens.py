@@ -251,6 +251,13 @@ def test_compare_tokens_refuses_what_it_does_not_know(place, arguments, named):
 # ── analyse ──────────────────────────────────────────────────────────────────
 
 
+def test_analyse_offers_every_analysis_there_is():
+    from infoprune_export.analysis.analyse import WHAT
+
+    (what,) = (option for option in main.commands["analyse"].params if option.name == "what")
+    assert tuple(what.type.choices) == WHAT
+
+
 def test_analyse_writes_a_page_with_what_was_asked_for(place):
     result = invoke("analyse", "quickstart-qwen", *settings(*FEW), "--what", "maturity", "--images", "2")
     assert result.exit_code == 0, (result.output, result.exception)

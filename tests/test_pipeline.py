@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +74,13 @@ class Runs:
         device: str = "cpu",
         model: str = "m",
         force: bool = False,
-        donor: Path | None = None,
+        donor: Path | Sequence[Path] = (),
     ) -> dict[str, str]:
         """Execute, and say of each stage what was done: made, up to date, or shared."""
         stream = io.StringIO()
         progress = Progress(console=Console(file=stream, width=200), disable=True)
         checked = Recipe.model_validate({"name": "t", "model": {"name_or_path": "x"}, **(recipe or {})})
-        run = Run(checked, self.folder, progress, donor=donor)
+        run = Run(checked, self.folder, progress, donors=(donor,) if isinstance(donor, Path) else tuple(donor))
         # Computing these would load torch; the stages here have no model.
         run.__dict__["device"] = device
         run.__dict__["model_fingerprint"] = {"model.safetensors": model}
@@ -133,7 +133,8 @@ def test_order_of_the_real_stages_is_upstream_first_and_complete():
     assert sorted(ordered) == sorted(STAGES)
     for position, name in enumerate(ordered):
         assert set(STAGES[name].needs) <= set(ordered[:position]), name
-    assert order(STAGES, "checkpoint") == ["data", "gates", "heads", "ffn", "checkpoint"]
+    upstream = ["data", "gates", "budget", "heads", "ffn", "recovery", "language", "checkpoint"]
+    assert order(STAGES, "checkpoint") == upstream
 
 
 def test_only_what_the_last_stage_needs_is_made(runs):
@@ -273,6 +274,16 @@ def test_equal_stages_are_taken_from_a_donor(tmp_path, runs):
         for file in ("out.json", MANIFEST):
             assert (child[name] / file).read_bytes() == (runs[name] / file).read_bytes()
     assert set(child(recipe={"ffn": {"keep_macs": 0.25}}).values()) == {"up to date"}
+
+
+def test_a_stage_is_taken_from_the_first_of_several_donors_that_has_it(tmp_path, runs):
+    runs()
+    other, child = Runs(tmp_path / "other"), Runs(tmp_path / "child")
+    change = {"ffn": {"keep_macs": 0.25}}
+    other(recipe=change, donor=runs.folder)
+    assert set(child(recipe=change, donor=[runs.folder, other.folder]).values()) == {"shared"}
+    assert (child["data"] / "out.json").samefile(runs["data"] / "out.json")
+    assert (child["end"] / "out.json").samefile(other["end"] / "out.json")
 
 
 def test_a_run_without_donor_and_one_with_end_with_the_same_bytes(tmp_path, runs):

@@ -1,8 +1,9 @@
-"""The visual-token paper's analyses of a recipe's model on its validation images, as one folder (paper B, section 2).
+"""Both papers' analyses of a recipe's model, as one folder; all look at the model as it came.
 
-``increments``: what each token adds to those chosen before it (Fig. 2). ``flows``: how much visual tokens give to text
-and to each other, by decoder layer (Fig. 3). ``maturity``: from which layer on the next token is settled (Fig. 15).
-``kept``: what Stage 1 keeps of the first images. All look at the model as it came, before any compression.
+Of the visual-token paper (B, section 2), on validation images. ``increments``: what each token adds to those chosen
+before it (Fig. 2). ``flows``: how much visual tokens give to text and to each other, by decoder layer (Fig. 3).
+``maturity``: from which layer on the next token is settled (Fig. 15). ``kept``: what Stage 1 keeps of the first images.
+Of the structural paper: see `structure`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from markupsafe import Markup
 from torch.nn import functional as F
 
 from infoprune_export import __version__
-from infoprune_export.analysis import figures
+from infoprune_export.analysis import figures, structure
 from infoprune_export.analysis.figures import Band
 from infoprune_export.analysis.information import (
     Floats,
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from infoprune_export.models.vlm import VLM
     from infoprune_export.recipe import Recipe
 
-WHAT = ("increments", "flows", "maturity", "kept")
+WHAT = ("increments", "flows", "maturity", "kept", *structure.WHAT)
 RESULT, PAGE = "analysis.json", "index.html"
 PICTURES = 6
 EPSILON = 1e-3
@@ -85,11 +86,14 @@ def analyse(recipe: Recipe, folder: Path, what: Collection[str], images: int, tr
     vlm = load_vlm(recipe.model, resolve_device(recipe.device))
     if {"increments", "kept"} & set(what):
         check_selection(vlm.tower, recipe.tokens)
+    if set(structure.WHAT) & set(what):
+        structure.check_structure(vlm.tower)
     if isinstance(recipe.decoder.layer, int):
         check_steps([Step(recipe.decoder.layer, recipe.decoder.keep_ratio)], len(text_model(vlm.model).layers))
     with _validation(recipe) as split, staged(folder) as staging:
         samples = split.validation[:images]
         results, drawn = _results(vlm, recipe, samples, split.labelled, what, track)
+        more, more_drawn = structure.analyse_structure(vlm, split, images, recipe.seed, what, track)
         result = {
             "model": recipe.model.name_or_path,
             "recipe": recipe.to_dict(),
@@ -97,7 +101,9 @@ def analyse(recipe: Recipe, folder: Path, what: Collection[str], images: int, tr
             "questions": sum(len(sample.questions) for sample in samples),
             "libraries": library_versions(),
             **results,
+            **more,
         }
+        drawn |= more_drawn
         for name, svg in drawn.items():
             write_text(staging / f"{name}.svg", svg)
         write_text(staging / RESULT, canonical_json(result))
@@ -108,7 +114,7 @@ def analyse(recipe: Recipe, folder: Path, what: Collection[str], images: int, tr
 def _results(
     vlm: VLM, recipe: Recipe, samples: Sequence[Sample], labelled: bool, what: Collection[str], track: Track
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Numbers and figure of each analysis that is asked for, and K where layers are looked at."""
+    """Numbers and figure of each token analysis that is asked for, and K where layers are looked at."""
     results: dict[str, Any] = {}
     drawn: dict[str, str] = {}
     if "increments" in what:

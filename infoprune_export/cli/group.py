@@ -75,6 +75,19 @@ def takes_recipe(command: Command) -> Command:
     return command
 
 
+def reads_recipe(command: Command) -> Command:
+    """RECIPE, --set and --device, of a command that has no run folder."""
+    for decorate in reversed(
+        (
+            click.argument("recipe"),
+            click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key."),
+            click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Overrides the recipe."),
+        )
+    ):
+        command = decorate(command)
+    return command
+
+
 def read(recipe: str, overrides: tuple[str, ...], device: str | None) -> Recipe:
     from infoprune_export.recipe import load_recipe
 

@@ -1,30 +1,16 @@
-"""Commands that look at visual tokens: selectors side by side, and the paper's analyses."""
+"""Commands that look at a model: token selectors side by side, and the papers' analyses."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from infoprune_export.cli.group import main, progress_bar, read, takes_json, write_json
-
-
-def _reads_recipe(command: Any) -> Any:
-    """RECIPE, --set and --device, of a command that has no run folder."""
-    for decorate in reversed(
-        (
-            click.argument("recipe"),
-            click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key."),
-            click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Overrides the recipe."),
-        )
-    ):
-        command = decorate(command)
-    return command
+from infoprune_export.cli.group import main, progress_bar, read, reads_recipe, takes_json, write_json
 
 
 @main.command("compare-tokens")
-@_reads_recipe
+@reads_recipe
 @click.option("--method", "methods", multiple=True, metavar="NAME", help="Repeatable. [default: all]")
 @click.option("--keep", "ratios", multiple=True, metavar="SHARE", help="Repeatable. [default: 1/2, 2/9, 1/9]")
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Draws of random methods.")
@@ -68,11 +54,11 @@ def compare_tokens(
 
 
 @main.command()
-@_reads_recipe
+@reads_recipe
 @click.option(
     "--what",
     multiple=True,
-    type=click.Choice(["increments", "flows", "maturity", "kept"]),
+    type=click.Choice(["increments", "flows", "maturity", "kept", "heads", "density", "ranks", "damage"]),
     help="Which analysis; repeatable. [default: all]",
 )
 @click.option("--images", type=click.IntRange(min=1), default=64, show_default=True, help="Validation images used.")
@@ -85,10 +71,13 @@ def analyse(
     images: int,
     output: Path | None,
 ) -> None:
-    """Draw the visual-token paper's analyses of a recipe's model.
+    """Draw both papers' analyses of a recipe's model.
 
-    What each token adds in the order it is chosen (increments), how much visual tokens give to text and to each other
+    Visual tokens: what each adds in the order it is chosen (increments), how much they give to text and to each other
     by layer (flows), from which layer on the answer is settled (maturity), and what selection keeps (kept).
+
+    The vision encoder's structure: what each head matters (heads), which rows of the FFNs are not sparse (density),
+    which ranks an epsilon keeps (ranks), and what removing heads and neurons costs (damage).
 
     \b
     Example:

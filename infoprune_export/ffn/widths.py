@@ -8,9 +8,9 @@ from torch import Tensor
 
 from infoprune_export.data.vqa import Sample
 from infoprune_export.ffn.plan import FfnChoice, FfnPlan
-from infoprune_export.models.calibration import Streams, embed_all
+from infoprune_export.models.streams import Streams
 from infoprune_export.models.vlm import VLM
-from infoprune_export.rewrite.surgery import FFN_OUT
+from infoprune_export.rewrite.surgery import ATTENTION_OUT, FFN_OUT
 
 
 def remove_neurons(
@@ -24,20 +24,23 @@ def remove_neurons(
 ) -> tuple[FfnPlan, dict[str, Tensor]]:
     """Keep neurons ``kept[l]`` (ascending) of every block of `pruned`, in place.
 
-    Unless `ridge` is None every down projection is refitted to `original`'s residual stream behind its already refitted
-    predecessors. Returns the plan and the refitted projections under `surgery`'s names.
+    Unless `ridge` is None every down projection, and the attention's output projection in front of it, is refitted to
+    `original`'s residual stream behind its already refitted predecessors. Returns the plan and the refitted projections
+    under `surgery`'s names.
     """
     blocks = pruned.tower.blocks
-    full = tuple(block.ffn_shape.size for block in blocks)
-    plan = FfnPlan(full, tuple(FfnChoice("mlp", tuple(neurons)) for neurons in kept))
-    for block, neurons, width in zip(blocks, kept, full, strict=True):
-        if len(neurons) < width:
+    plan = FfnPlan.for_blocks(blocks, [FfnChoice("mlp", tuple(neurons)) for neurons in kept])
+    for block, neurons in zip(blocks, kept, strict=True):
+        if len(neurons) < block.ffn_shape.size:
             block.keep_neurons(neurons)
     weights: dict[str, Tensor] = {}
     if ridge is None:
         return plan, weights
-    streams = Streams(embed_all(original, samples), original.device)
+    streams = Streams(original, samples)
     for i, (before, after) in enumerate(zip(original.tower.blocks, blocks, strict=True)):
+        weight, bias = streams.refit("attention", before, after, ridge)
+        after.set_attention_out(weight, bias)
+        weights[f"{i}.{ATTENTION_OUT}.weight"], weights[f"{i}.{ATTENTION_OUT}.bias"] = weight, bias
         weight, bias = streams.refit("ffn", before, after, ridge)
         after.set_ffn_out(weight, bias)
         weights[f"{i}.{FFN_OUT}.weight"], weights[f"{i}.{FFN_OUT}.bias"] = weight, bias

@@ -1,24 +1,22 @@
-"""Sigmoid gates on attention heads and the objective that trains them (paper A, section 4.1).
+"""Gates on attention heads while a tower runs, and the Gram matrices of what they multiply.
 
-A gate g = sigmoid(zeta[l, h]) multiplies head h's channels of the concatenated attention output of block l, before the
-output projection. All weights are frozen. The spectral terms need no forward pass: the Gram C of a block's
-concatenated heads is constant, and gating it gives D C D with D = diag(g).
+A gate multiplies head h's channels of the concatenated attention output of block l, before the output projection
+(paper A, section 4.1). All weights are frozen.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from infoprune_export.analysis.spectra import effective_rank, ks_distance, singular_values, spectral_wasserstein
 from infoprune_export.data.vqa import Sample
 from infoprune_export.models.calibration import batches, captured_input, inputs_of
 from infoprune_export.models.tower import VisionTower
 from infoprune_export.models.vlm import VLM
+from infoprune_export.rewrite.surgery import ATTENTION_OUT
 
 
 @contextlib.contextmanager
@@ -42,40 +40,47 @@ def gated(tower: VisionTower, gates: Sequence[Tensor]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def head_grams(vlm: VLM, samples: Sequence[Sample], batch_size: int = 32) -> list[Tensor]:
-    """Per block the mean Gram of the concatenated head outputs over all tokens, float64 [H head_dim, H head_dim]."""
-    grams = [torch.zeros(0)] * len(vlm.tower.blocks)
-    tokens = 0
+def fold_gates(tower: VisionTower, gates: Tensor) -> None:
+    """Multiply gates [L, H] into the columns of an unpruned tower's output projections, in place."""
+    for block, gate in zip(tower.blocks, gates, strict=True):
+        block.attention_out.weight.mul_(gate.to(block.attention_out.weight).repeat_interleave(block.head_dim))
+
+
+def output_projections(tower: VisionTower) -> dict[str, Tensor]:
+    """Weights and biases of every output projection, under `surgery`'s names."""
+    return {
+        f"{number}.{ATTENTION_OUT}.{kind}": getattr(block.attention_out, kind).detach()
+        for number, block in enumerate(tower.blocks)
+        for kind in ("weight", "bias")
+    }
+
+
+@torch.no_grad()
+def head_grams(
+    vlm: VLM,
+    samples: Sequence[Sample],
+    batch_size: int = 32,
+    *,
+    share: tuple[int, int] = (0, 1),
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> list[Tensor]:
+    """Per block the mean Gram of the concatenated head outputs over all tokens, float64 [H head_dim, H head_dim].
+
+    They stay on the tower's device. Process `share` = (index, count) runs every count-th batch, and `reduce` sums a
+    tensor over the processes.
+    """
+    blocks = vlm.tower.blocks
+    widths = [block.num_heads * block.head_dim for block in blocks]
+    grams = [torch.zeros(width, width, dtype=torch.float64, device=vlm.device) for width in widths]
+    tokens = torch.zeros((), dtype=torch.float64, device=vlm.device)
+    index, count = share
     with contextlib.ExitStack() as stack:
-        inputs = [stack.enter_context(captured_input(block.attention_out)) for block in vlm.tower.blocks]
-        for batch in batches(samples, batch_size):
+        inputs = [stack.enter_context(captured_input(block.attention_out)) for block in blocks]
+        for batch in list(batches(samples, batch_size))[index::count]:
             vlm.tower.features_of(inputs_of(vlm, batch))
-            for i, last_input in enumerate(inputs):
-                z = last_input().flatten(0, -2).double().cpu()
-                grams[i] = z.T @ z if not tokens else grams[i] + z.T @ z
+            for gram, last_input in zip(grams, inputs, strict=True):
+                z = last_input().flatten(0, -2).double()
+                gram += z.T @ z
             tokens += len(z)
-    return [gram / tokens for gram in grams]
-
-
-class SpectralTerms:
-    """eRank and spectral-distance terms of all blocks, from their constant Grams."""
-
-    def __init__(
-        self, grams: Sequence[Tensor], head_dims: Sequence[int], distance: Literal["ks", "wasserstein"]
-    ) -> None:
-        self._grams = list(grams)
-        self._head_dims = list(head_dims)
-        self._distance = ks_distance if distance == "ks" else spectral_wasserstein
-        self._spectra = [singular_values(gram) for gram in self._grams]
-        self._ranks = [effective_rank(sigma) for sigma in self._spectra]
-
-    def __call__(self, gates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Means over blocks of eRank(Z_S) - eRank(Z) (equation 5) and of the distance of spectra (equation 6)."""
-        rank = torch.zeros((), dtype=torch.float64)
-        distance = torch.zeros((), dtype=torch.float64)
-        for i, gate in enumerate(gates):
-            scale = gate.double().cpu().repeat_interleave(self._head_dims[i])
-            sigma = singular_values(scale[:, None] * self._grams[i] * scale)
-            rank = rank + (effective_rank(sigma) - self._ranks[i])
-            distance = distance + self._distance(sigma, self._spectra[i])
-        return rank / len(self._grams), distance / len(self._grams)
+    total = reduce(tokens)
+    return [reduce(gram) / total for gram in grams]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,8 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from infoprune_export.errors import InfopruneError
 from infoprune_export.models.attention import Context, attend, attend_packed
-from infoprune_export.models.modules import ConstantAttention, ConstantFfn, LinearFfn, select
+from infoprune_export.models.modules import BypassFfn, ConstantAttention, ConstantFfn, FactoredFfn, LinearFfn, select
+
+FfnKind = Literal["mlp", "linear", "constant", "factored", "bypass"]
 
 
 @dataclass(frozen=True)
@@ -18,11 +22,14 @@ class FfnShape:
     """What a block's feed-forward network is made of.
 
     ``mlp``: down(act(up(x))), or down(act(gate(x)) * up(x)), of `size` neurons. ``linear``: down(up(x)), rank `size`.
-    ``constant``: the down projection's bias, `size` 0.
+    ``constant``: the down projection's bias, `size` 0. ``factored``: an mlp of `size` neurons whose projections (those
+    in, then down) are products of `ranks`. ``bypass``: an mlp of `size` neurons and, beside it, a linear path from its
+    input of the one rank in `ranks`.
     """
 
-    kind: Literal["mlp", "linear", "constant"]
+    kind: FfnKind
     size: int
+    ranks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,16 +61,32 @@ class Block:
         self.windowed = windowed
         self._names = names
 
+    def copy(self) -> Block:
+        """A block with weights of its own."""
+        return Block(copy.deepcopy(self.module), self._names, self.head_dim, windowed=self.windowed)
+
     # ── Running ──
 
     def run(self, stream: Tensor, context: Context) -> Tensor:
         """The residual stream behind this block; [B, S, D], or packed [P, D] with segments in `context`."""
+        return self.feed(self.attend(stream, context))
+
+    def attend(self, stream: Tensor, context: Context) -> Tensor:
+        """The stream behind attention."""
         if self.num_heads:
-            stream = stream + self.attention_out(self._attended(self.normalised(stream), context))
-        else:
-            # A product over no channels is its bias; not every runtime knows that.
-            stream = stream + self.attention_out.bias
-        return stream + getattr(self.module, self._names.ffn)(self.ffn_norm(stream))
+            return stream + self.attention_out(self.heads(stream, context))
+        # A product over no channels is its bias; not every runtime knows that.
+        return stream + self.attention_out.bias
+
+    def heads(self, stream: Tensor, context: Context) -> Tensor:
+        """Concatenated outputs of the heads, [..., num_heads * head_dim]: what the output projection reads."""
+        if not self.num_heads:
+            return stream[..., :0]
+        return self._attended(self.normalised(stream), context)
+
+    def feed(self, stream: Tensor) -> Tensor:
+        """The stream behind the FFN, from the one behind attention."""
+        return stream + self.ffn(self.ffn_norm(stream))
 
     def _attended(self, hidden: Tensor, context: Context) -> Tensor:
         if len(self._names.qkv) == 1:
@@ -102,12 +125,52 @@ class Block:
         ffn = getattr(self.module, self._names.ffn)
         if isinstance(ffn, ConstantFfn):
             return FfnShape("constant", 0)
+        if isinstance(ffn, FactoredFfn):
+            ranks = tuple(getattr(ffn, name).in_features for name in (*self._names.ffn_in, self._names.ffn_out))
+            return FfnShape("factored", self.ffn_in.out_features, ranks)
+        if isinstance(ffn, BypassFfn):
+            return FfnShape("bypass", self.ffn_in.out_features, (ffn.bypass.out_features,))
         return FfnShape("linear" if isinstance(ffn, LinearFfn) else "mlp", self.ffn_out.in_features)
 
     @property
     def attention_out(self) -> nn.Linear:
         """Output projection, weight [D, num_heads * head_dim]."""
         return getattr(getattr(self.module, self._names.attention), self._names.out)
+
+    @property
+    def value_rows(self) -> Tensor:
+        """Weight and bias of the value projection side by side, [num_heads * head_dim, D + 1]."""
+        value = getattr(getattr(self.module, self._names.attention), self._names.qkv[-1])
+        rows = torch.cat([value.weight, value.bias[:, None]], dim=1)
+        return rows[-self.num_heads * self.head_dim :]
+
+    @property
+    def ffn(self) -> nn.Module:
+        """The whole FFN, from [..., D] to what is added to the residual stream."""
+        return getattr(self.module, self._names.ffn)
+
+    @property
+    def activation(self) -> nn.Module:
+        """The FFN's activation; only while the FFN has one."""
+        (activation,) = (child for child in self.ffn.children() if not isinstance(child, nn.Linear))
+        return activation
+
+    @property
+    def ffn_projections(self) -> dict[str, nn.Linear]:
+        """Every linear layer of the FFN by role: ``ffn_in``, ``ffn_gate`` of a gated one, ``ffn_out``.
+
+        In a factored FFN these are the outer factors, and ``{role}_factor`` the inner ones; ``ffn_bypass`` is the way
+        into a bypass.
+        """
+        names = self._names
+        roles = dict(zip(("ffn_in", "ffn_gate"), reversed(names.ffn_in), strict=False)) | {"ffn_out": names.ffn_out}
+        children = dict(self.ffn.named_children())
+        named = {
+            **roles,
+            **{f"{role}_factor": f"{name}_factor" for role, name in roles.items()},
+            "ffn_bypass": "bypass",
+        }
+        return {role: layer for role, name in named.items() if isinstance(layer := children.get(name), nn.Linear)}
 
     @property
     def ffn_in(self) -> nn.Linear:
@@ -148,8 +211,14 @@ class Block:
         attention.num_heads = len(heads)
 
     def keep_neurons(self, neurons: Sequence[int]) -> None:
-        """Remove all other FFN neurons; without any, the FFN is the down projection's bias."""
+        """Remove all other FFN neurons; without any, the FFN is the down projection's bias.
+
+        Raises:
+            InfopruneError: the FFN is factored or has a bypass, so its projections' extents are no neurons.
+        """
         names = self._names
+        if (kind := self.ffn_shape.kind) in ("factored", "bypass"):
+            raise InfopruneError(f"no neurons can be taken out of a {kind} FFN; prune the original model")
         if not neurons:
             setattr(self.module, names.ffn, ConstantFfn(names.ffn_in, names.ffn_out, self.ffn_out.bias))
             return
@@ -171,6 +240,27 @@ class Block:
         )
         setattr(self.module, names.ffn, linear.requires_grad_(old.weight.requires_grad))
 
+    def make_ffn_factored(self, ranks: Sequence[int]) -> None:
+        """Make a product of these ranks of each projection (those in, then down); weights are zero until assigned."""
+        names, old = self._names, self.ffn_out
+        factored = FactoredFfn(
+            names.ffn_in,
+            names.ffn_out,
+            self.activation,
+            old.out_features,
+            old.in_features,
+            ranks,
+            device=old.weight.device,
+            dtype=old.weight.dtype,
+        )
+        setattr(self.module, names.ffn, factored.requires_grad_(old.weight.requires_grad))
+
+    def make_ffn_bypass(self, rank: int) -> None:
+        """Add a linear path of this rank beside the neurons; it is zero until assigned."""
+        names, ffn = self._names, self.ffn
+        ins = {name: getattr(ffn, name) for name in names.ffn_in}
+        setattr(self.module, names.ffn, BypassFfn(ins, (names.ffn_out, self.ffn_out), self.activation, rank))
+
     @torch.no_grad()
     def set_attention_out(self, weight: Tensor, bias: Tensor) -> None:
         """Overwrite the output projection, [D, num_heads * head_dim] and [D]."""
@@ -179,6 +269,6 @@ class Block:
 
     @torch.no_grad()
     def set_ffn_out(self, weight: Tensor, bias: Tensor) -> None:
-        """Overwrite the down projection, [D, size] and [D]."""
+        """Overwrite the down projection (the outer factor of it), [D, its inputs] and [D]."""
         self.ffn_out.weight.copy_(weight)
         self.ffn_out.bias.copy_(bias)

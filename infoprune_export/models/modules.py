@@ -8,7 +8,7 @@ random weights.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,3 +85,79 @@ class LinearFfn(nn.Module):
         for name in self._names:
             hidden_states = self.get_submodule(name)(hidden_states)
         return hidden_states
+
+
+class FactoredFfn(nn.Module):
+    """FFN with its activation whose every projection W [out, in] is a product B A of some rank.
+
+    B [out, k] keeps the projection's name and bias, A [k, in] is the ``{name}_factor`` beside it. Weights are zero
+    until assigned. `ranks` follow `in_names`, then `out_name`.
+    """
+
+    def __init__(
+        self,
+        in_names: Sequence[str],
+        out_name: str,
+        activation: nn.Module,
+        features: int,
+        neurons: int,
+        ranks: Sequence[int],
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        for name, rank in zip((*in_names, out_name), ranks, strict=True):
+            inputs, outputs = (neurons, features) if name == out_name else (features, neurons)
+            self.add_module(f"{name}_factor", nn.Linear(inputs, rank, bias=False, **factory))
+            self.add_module(name, nn.Linear(rank, outputs, **factory))
+        self.activation = activation
+        self._in_names, self._out_name = tuple(in_names), out_name
+        if factory["device"].type != "meta":
+            for parameter in self.parameters():
+                nn.init.zeros_(parameter)
+
+    def _product(self, name: str, x: Tensor) -> Tensor:
+        return self.get_submodule(name)(self.get_submodule(f"{name}_factor")(x))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        parts = [self._product(name, hidden_states) for name in self._in_names]
+        return self._product(self._out_name, gated(self.activation, parts))
+
+
+class BypassFfn(nn.Module):
+    """FFN with a linear path of some rank from its input around the activation.
+
+    down([hidden; bypass(x)]): the down projection's last columns belong to the bypass, so that one product, and one
+    least-squares fit, serves both. Projections `ins` and `out` are those of the FFN whose place it takes, by name; the
+    bypass is zero until assigned.
+    """
+
+    def __init__(
+        self, ins: Mapping[str, nn.Linear], out: tuple[str, nn.Linear], activation: nn.Module, rank: int
+    ) -> None:
+        super().__init__()
+        out_name, old = out
+        factory: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype}
+        for name, projection in ins.items():
+            self.add_module(name, projection)
+        self.bypass = nn.Linear(old.out_features, rank, bias=False, **factory)
+        wider = nn.Linear(old.in_features + rank, old.out_features, **factory)
+        wider.weight = nn.Parameter(torch.cat((old.weight, old.weight.new_zeros(old.out_features, rank)), dim=1))
+        wider.bias = old.bias
+        self.add_module(out_name, wider)
+        self.activation = activation
+        self._in_names, self._out_name = tuple(ins), out_name
+        if self.bypass.weight.device.type != "meta":
+            nn.init.zeros_(self.bypass.weight)
+        self.requires_grad_(old.weight.requires_grad)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        parts = [self.get_submodule(name)(hidden_states) for name in self._in_names]
+        hidden = torch.cat((gated(self.activation, parts), self.bypass(hidden_states)), dim=-1)
+        output: Tensor = self.get_submodule(self._out_name)(hidden)
+        return output
+
+
+def gated(activation: nn.Module, parts: Sequence[Tensor]) -> Tensor:
+    """The neurons: act(up), or act(gate) * up where there are two projections."""
+    hidden: Tensor = activation(parts[0])
+    return hidden if len(parts) == 1 else hidden * parts[1]

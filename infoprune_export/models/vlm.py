@@ -185,6 +185,14 @@ def cast(vlm: VLM, dtype: torch.dtype) -> VLM:
     return VLM(model, vlm.processor, tower_of(model))
 
 
+def on_cpu(vlm: VLM) -> VLM:
+    """The VLM on the CPU: itself if it is there, else a copy."""
+    if vlm.device.type == "cpu":
+        return vlm
+    model = copy.deepcopy(vlm.model).to("cpu")
+    return VLM(model, vlm.processor, tower_of(model))
+
+
 # ── Inputs ───────────────────────────────────────────────────────────────────
 
 

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from infoprune_export.recipe.base import Name, Spec
 from infoprune_export.recipe.delivery import BenchSpec, EngineSpec, ExportSpec, ValidateSpec
-from infoprune_export.recipe.structure import FfnSpec, HeadsSpec, RefitSpec
+from infoprune_export.recipe.structure import BudgetSpec, FfnSpec, HeadsSpec, LanguageSpec, RecoverySpec, RefitSpec
 from infoprune_export.recipe.visual_tokens import DecoderSpec, TokensSpec
 
 
@@ -67,6 +67,9 @@ class Recipe(Spec):
     data: DataSpec = DataSpec()
     heads: HeadsSpec = HeadsSpec()
     ffn: FfnSpec = FfnSpec()
+    budget: BudgetSpec = BudgetSpec()
+    recovery: RecoverySpec = RecoverySpec()
+    language: LanguageSpec = LanguageSpec()
     refit: RefitSpec = RefitSpec()
     tokens: TokensSpec = TokensSpec()
     decoder: DecoderSpec = DecoderSpec()
@@ -75,6 +78,25 @@ class Recipe(Spec):
     validate_: ValidateSpec = Field(ValidateSpec(), alias="validate")
     bench: BenchSpec = BenchSpec()
     variants: dict[Name, dict[str, Any]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Recipe:
+        for section, method in (("heads", self.heads.method), ("ffn", self.ffn.method)):
+            if self.budget.by != "none" and method != "obs":
+                raise ValueError(
+                    f"budget.by = {self.budget.by!r} compares damages that only {section}.method obs knows, not "
+                    f"{method}; use obs, or budget.by none"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_recover(self) -> Recipe:
+        if self.recovery.method != "none" and self.heads.method == self.ffn.method == "none":
+            raise ValueError(
+                f"recovery.method = {self.recovery.method!r}, but heads.method and ffn.method are none, so there is "
+                "nothing to recover from; prune something, or use recovery.method none"
+            )
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, keys as in the YAML file."""

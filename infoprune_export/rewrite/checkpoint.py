@@ -1,7 +1,7 @@
 """Pruned checkpoints that ``from_pretrained`` gives back exactly, or refuses.
 
-The pruned model stays an instance of its Hugging Face class. Its ``config.json`` records the tower's structure in
-``quantization_config`` with ``quant_method: infoprune``; importing `infoprune_export` registers that method, and
+The pruned model stays an instance of its Hugging Face class. Its ``config.json`` records the tower's structure, and the
+language model's where that is pruned too, in ``quantization_config`` with ``quant_method: infoprune``; importing `infoprune_export` registers that method, and
 transformers then calls `_PrunedStructure` after building the skeleton and before reading weights:
 
 1. The skeleton, still on the meta device, gets the recorded heads and FFN shapes.
@@ -23,7 +23,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from infoprune_export.errors import InfopruneError
+from infoprune_export.language.record import language_record, shape_language_like
 from infoprune_export.models import tower_of
+from infoprune_export.models.language import language_layers
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -31,25 +33,28 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, ProcessorMixin
 
-    from infoprune_export.models.tower import VisionTower
+    from infoprune_export.models.tower import Block, FfnShape, VisionTower
 
 METHOD = "infoprune"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READABLE = (1, 2)
+"""Version 2 records a pruned language model too. A checkpoint without one is written as 1, for older readers."""
 
 
 # ── Structure record ─────────────────────────────────────────────────────────
 
 
 def structure_of(tower: VisionTower) -> list[dict[str, Any]]:
-    """Heads, head_dim, FFN kind and size of every block, as it is written to ``config.json``."""
+    """Heads, head_dim, FFN kind, size and ranks of every block, as it is written to ``config.json``."""
     return [
-        {
-            "num_heads": block.num_heads,
-            "head_dim": block.head_dim,
-            "ffn": {"kind": block.ffn_shape.kind, "size": block.ffn_shape.size},
-        }
+        {"num_heads": block.num_heads, "head_dim": block.head_dim, "ffn": _ffn_record(block.ffn_shape)}
         for block in tower.blocks
     ]
+
+
+def _ffn_record(shape: FfnShape) -> dict[str, Any]:
+    record: dict[str, Any] = {"kind": shape.kind, "size": shape.size}
+    return record | {"ranks": list(shape.ranks)} if shape.ranks else record
 
 
 def shape_like(tower: VisionTower, structure: list[dict[str, Any]]) -> None:
@@ -63,26 +68,54 @@ def shape_like(tower: VisionTower, structure: list[dict[str, Any]]) -> None:
     for number, (block, record) in enumerate(zip(tower.blocks, structure, strict=True)):
         try:
             heads, head_dim = record["num_heads"], record["head_dim"]
-            kind, size = record["ffn"]["kind"], record["ffn"]["size"]
-        except (KeyError, TypeError):
+            kind, size, ranks = record["ffn"]["kind"], record["ffn"]["size"], record["ffn"].get("ranks", [])
+        except (KeyError, TypeError, AttributeError):
             raise InfopruneError(f"config.json, block {number}: {record} records no structure") from None
         if head_dim != block.head_dim or heads not in range(block.num_heads + 1):
             raise InfopruneError(f"config.json, block {number}: {heads} heads of {head_dim} do not fit the tower")
-        width = block.ffn_shape.size
-        # A linear replacement has any rank, but is never there without one.
-        if size not in {"mlp": range(1, width + 1), "linear": range(1, 2**31), "constant": range(1)}.get(kind, ()):
-            raise InfopruneError(f"config.json, block {number}: {kind} FFN of size {size} does not fit the tower")
+        if not _fits(block, kind, size, ranks):
+            with_ranks = f" and ranks {ranks}" if ranks else ""
+            raise InfopruneError(
+                f"config.json, block {number}: {kind} FFN of size {size}{with_ranks} does not fit the tower"
+            )
         if heads < block.num_heads:
             block.keep_heads(range(heads))
         if kind == "linear":
             block.make_ffn_linear(size)
-        elif size < width:
+            continue
+        if size < block.ffn_shape.size:
             block.keep_neurons(range(size))
+        if kind == "factored":
+            block.make_ffn_factored(ranks)
+        elif kind == "bypass":
+            block.make_ffn_bypass(ranks[0])
+
+
+def _fits(block: Block, kind: Any, size: Any, ranks: Any) -> bool:
+    """Whether a whole block's FFN can be given this shape; see `FfnPlan` for the limits."""
+    width, projections = block.ffn_shape.size, len(block.ffn_projections)
+    # A linear replacement has any rank, but is never there without one.
+    sizes = {
+        "mlp": range(1, width + 1),
+        "linear": range(1, 2**31),
+        "constant": range(1),
+        "factored": range(1, width + 1),
+        "bypass": range(1, width),
+    }
+    if not isinstance(kind, str) or not isinstance(ranks, list) or size not in sizes.get(kind, ()):
+        return False
+    most = min(block.ffn_out.out_features, size)
+    counts = {"factored": (projections, range(1, most)), "bypass": (1, range(1, 2**31))}
+    count, allowed = counts.get(kind, (0, range(0)))
+    return len(ranks) == count and all(rank in allowed for rank in ranks)
 
 
 def save(model: PreTrainedModel, processor: ProcessorMixin, tower: VisionTower, folder: Path) -> None:
     """Write an ordinary checkpoint: safetensors, configuration with the structure record, processor."""
-    model.config.quantization_config = InfopruneConfig(blocks=structure_of(tower))
+    language = language_record(model)
+    model.config.quantization_config = InfopruneConfig(
+        blocks=structure_of(tower), language=language, schema_version=1 if language is None else SCHEMA_VERSION
+    )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -93,17 +126,27 @@ def save(model: PreTrainedModel, processor: ProcessorMixin, tower: VisionTower, 
 class InfopruneConfig(QuantizationConfigMixin):
     """The structure record, under the name transformers looks for."""
 
+    language: list[dict[str, int]] | None = None
+
     def __init__(
-        self, blocks: list[dict[str, Any]], quant_method: str = METHOD, schema_version: int = SCHEMA_VERSION, **_: Any
+        self,
+        blocks: list[dict[str, Any]],
+        quant_method: str = METHOD,
+        schema_version: int = SCHEMA_VERSION,
+        language: list[dict[str, int]] | None = None,
+        **_: Any,
     ) -> None:
-        if schema_version != SCHEMA_VERSION:
+        if schema_version not in _READABLE:
             raise InfopruneError(
-                f"pruned checkpoint has schema_version {schema_version}, this version reads {SCHEMA_VERSION}; "
+                f"pruned checkpoint has schema_version {schema_version}, this version reads up to {SCHEMA_VERSION}; "
                 "install the infoprune-export that wrote it"
             )
         self.quant_method = quant_method
         self.schema_version = schema_version
         self.blocks = blocks
+        # What is no attribute of the instance is not written.
+        if language is not None:
+            self.language = language
 
 
 class _PrunedStructure(HfQuantizer):
@@ -113,6 +156,8 @@ class _PrunedStructure(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         shape_like(tower_of(model), self.quantization_config.blocks)
+        if self.quantization_config.language is not None:
+            shape_language_like(language_layers(model), self.quantization_config.language)
         self._wanted = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
         # The loader tells these methods of the instance what it could not find, and otherwise only warns: the first
         # before it initialises what is missing, which fails on a tensor that is empty by right, the second when it

@@ -2,12 +2,12 @@
 
 ::
 
-    data ─► gates ─► heads ─► ffn ─► checkpoint ─► accuracy ─► validation ─► report
-      ├───► baseline ────────────────────┼──────────►┤             ▲           ▲
-      └───► decoder ─────────────────────┼──────────►┘             │           │
-                                         └─► onnx ─► engine ───────┘           │
-                                               └───► bench ────────────────────┤
-                                                     variants ─────────────────┘
+    data ─► gates ─► heads ─► ffn ─► recovery ─► language ─► checkpoint ─► accuracy ─► validation ─► report
+      ├───► baseline ─────────────────────────────────────────────┼──────────►┤             ▲           ▲
+      └───► decoder ──────────────────────────────────────────────┼──────────►┘             │           │
+                                                                  └─► onnx ─► engine ───────┘           │
+                                                                        └───► bench ────────────────────┤
+                                                                              variants ─────────────────┘
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from infoprune_export.pipeline import Stage
 from infoprune_export.recipe import Recipe
+from infoprune_export.stages.budget import budget_slice, make_budget
 from infoprune_export.stages.common import check_everything
 from infoprune_export.stages.compress import (
     data_slice,
@@ -27,6 +28,7 @@ from infoprune_export.stages.compress import (
     make_ffn,
     make_gates,
     make_heads,
+    make_language,
 )
 from infoprune_export.stages.deliver import (
     make_bench,
@@ -36,6 +38,7 @@ from infoprune_export.stages.deliver import (
     make_validation,
     make_variants,
 )
+from infoprune_export.stages.recovery import make_recovery, recovery_slice
 
 __all__ = ["STAGES", "check_everything"]
 
@@ -50,8 +53,11 @@ def _sections(*names: str) -> Any:
 
 def _gates_slice(recipe: Recipe) -> dict[str, Any]:
     heads = recipe.to_dict()["heads"]
-    # Training does not look at how many heads go afterwards.
-    return {"heads": {k: v for k, v in heads.items() if k not in ("remove", "threshold")}, "seed": recipe.seed}
+    # Scores do not depend on how many heads go afterwards, unless the gates are trained to meet that number.
+    later = {"choose", "threshold", "survivors", "checkpoint_steps"}
+    if recipe.heads.method != "hard_concrete":
+        later.add("remove")
+    return {"heads": {k: v for k, v in heads.items() if k not in later}, "seed": recipe.seed}
 
 
 def _decoder_slice(recipe: Recipe) -> dict[str, Any]:
@@ -73,13 +79,35 @@ STAGES: dict[str, Stage] = {
         Stage("baseline", "answers of the original", ("data",), _sections(), make_baseline),
         Stage("decoder", "layer of Stage 2 found", ("data",), _decoder_slice, make_decoder),
         Stage("gates", "head gates trained", ("data",), _gates_slice, make_gates, resumable=True),
-        Stage("heads", "heads chosen and refitted", ("data", "gates"), _sections("heads", "refit"), make_heads),
-        Stage("ffn", "FFNs compressed", ("data", "heads"), _sections("ffn", "refit", "seed"), make_ffn),
-        Stage("checkpoint", "model rewritten", ("heads", "ffn"), _sections(), make_checkpoint),
+        Stage("budget", "heads and widths settled together", ("data",), budget_slice, make_budget),
+        Stage(
+            "heads",
+            "heads chosen and refitted",
+            ("data", "gates", "budget"),
+            _sections("heads", "refit"),
+            make_heads,
+        ),
+        Stage("ffn", "FFNs compressed", ("data", "budget", "heads"), _sections("ffn", "refit", "seed"), make_ffn),
+        Stage(
+            "recovery",
+            "encoder recovered",
+            ("data", "heads", "ffn"),
+            recovery_slice,
+            make_recovery,
+            resumable=True,
+        ),
+        Stage(
+            "language",
+            "language model compressed",
+            ("data", "heads", "ffn", "recovery"),
+            _sections("language", "refit", "seed"),
+            make_language,
+        ),
+        Stage("checkpoint", "model rewritten", ("heads", "ffn", "recovery", "language"), _sections(), make_checkpoint),
         Stage(
             "accuracy",
             "answers of the compressed",
-            ("data", "baseline", "decoder", "heads", "ffn", "checkpoint"),
+            ("data", "baseline", "decoder", "heads", "ffn", "recovery", "language", "checkpoint"),
             _sections("tokens", "decoder", "seed"),
             make_accuracy,
         ),
@@ -88,7 +116,19 @@ STAGES: dict[str, Stage] = {
         Stage(
             "validation",
             "validated",
-            ("data", "baseline", "decoder", "heads", "ffn", "checkpoint", "accuracy", "onnx", "engine"),
+            (
+                "data",
+                "baseline",
+                "decoder",
+                "heads",
+                "ffn",
+                "recovery",
+                "language",
+                "checkpoint",
+                "accuracy",
+                "onnx",
+                "engine",
+            ),
             _sections("validate", "tokens", "decoder", "seed"),
             make_validation,
         ),
@@ -103,7 +143,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "report",
             "report written",
-            ("gates", "validation", "bench", "variants"),
+            ("gates", "budget", "recovery", "validation", "bench", "variants"),
             _sections("description", "name"),
             make_report,
         ),

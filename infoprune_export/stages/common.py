@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from infoprune_export.ffn.plan import FfnPlan
     from infoprune_export.heads.plan import HeadPlan
+    from infoprune_export.language.plan import LanguagePlan
     from infoprune_export.models.vlm import VLM, Decoding
 
 PLAN, PLAN_WEIGHTS = "plan.json", "weights.safetensors"
@@ -39,7 +40,10 @@ def check_everything(run: Run, *, exporting: bool = True) -> None:
     """
     from infoprune_export.data import dataset
     from infoprune_export.engine import backend_of
+    from infoprune_export.heads.train import check_training
+    from infoprune_export.language.compress import check_language
     from infoprune_export.models.vlm import check_model
+    from infoprune_export.recovery.distill import check_recovery
     from infoprune_export.tokens.encoder import check_selection, form_of
 
     check_model(run.recipe.model)
@@ -52,9 +56,13 @@ def check_everything(run: Run, *, exporting: bool = True) -> None:
         return
     vlm = run.original
     for recipe in (run.recipe, *(variant_of(run.recipe, name) for name in run.recipe.variants)):
+        check_recovery(recipe.recovery, run.device)
+        if recipe.heads.trains_gates:
+            check_training(recipe.heads, run.device)
         if recipe.model == run.recipe.model:
             check_selection(vlm.tower, recipe.tokens)
             check_decoder(recipe.decoder, vlm)
+            check_language(recipe.language, vlm.model)
     form_of(vlm.tower, run.recipe.tokens, run.recipe.export.several)
     if run.recipe.data.images is not None:
         from infoprune_export.models.calibration import inputs_of
@@ -104,6 +112,16 @@ def read_plans(run: Run) -> tuple[HeadPlan, dict[str, Tensor], FfnPlan, dict[str
     )
 
 
+def read_language(run: Run) -> tuple[LanguagePlan, dict[str, Tensor]]:
+    """The language model's plan with its weights."""
+    from safetensors.torch import load_file
+
+    from infoprune_export.language.plan import LanguagePlan
+
+    folder = run.folder_of("language")
+    return LanguagePlan.from_dict(read_json(folder / PLAN)), load_file(folder / PLAN_WEIGHTS)
+
+
 def open_checkpoint(run: Run, device: str = "cpu") -> VLM:
     """The rewritten model, loaded as any user would load it."""
     return load_vlm(ModelSpec(name_or_path=str(run.folder_of("checkpoint").resolve())), device)
@@ -122,7 +140,7 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write_plan(folder: Path, plan: HeadPlan | FfnPlan, weights: Mapping[str, Tensor]) -> None:
+def write_plan(folder: Path, plan: HeadPlan | FfnPlan | LanguagePlan, weights: Mapping[str, Tensor]) -> None:
     """A plan and the weights that come with it, under `surgery`'s names."""
     from safetensors.torch import save_file
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from infoprune_export.artifacts import canonical_json, fingerprint
 from infoprune_export.pipeline import Run
 from infoprune_export.recipe import Recipe
+from infoprune_export.stages.budget import read_allocation
 from infoprune_export.stages.common import (
     LAYER,
     PLAN,
@@ -16,16 +17,22 @@ from infoprune_export.stages.common import (
     open_checkpoint,
     read_decoder,
     read_json,
+    read_language,
     read_plans,
     write_plan,
 )
+from infoprune_export.stages.recovery import compressed_tower
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from infoprune_export.heads.train import Trained
     from infoprune_export.models.vlm import VLM
     from infoprune_export.recipe import TokensSpec
     from infoprune_export.validate.accuracy import Encode
+
+
+GATES = "gates.safetensors"
 
 
 # ── Data and baseline ────────────────────────────────────────────────────────
@@ -101,51 +108,92 @@ def make_decoder(run: Run, folder: Path) -> None:
 
 
 def make_gates(run: Run, folder: Path) -> None:
-    """Train the gates; everything about them but the choice of heads."""
+    """Score the heads, by training gates or by a criterion; everything about them but the choice.
+
+    ``gates.safetensors`` has ``scores`` [L, H], larger = keep, and of trained gates their values ``gates`` [L, H].
+    """
     from safetensors.torch import save_file
 
-    from infoprune_export.heads.train import discard_state, train_gates
+    from infoprune_export.heads.criteria import Evidence, score_heads
     from infoprune_export.models.calibration import TaskLoss
-    from infoprune_export.models.vlm import writable_copy
+    from infoprune_export.training.state import discard_state
 
     spec = run.recipe.heads
-    if spec.method == "none":
-        (folder / "history.json").write_text(canonical_json([]), encoding="utf-8")
-        return
-    loss = TaskLoss(run.split.labelled, run.original.tower, spec.questions_per_image)
-    advance = run.track("gate epochs", spec.epochs)
-    zeta, history = train_gates(
-        writable_copy(run.original),
-        run.split.calibration,
-        spec,
-        loss,
-        seed=run.recipe.seed,
-        scratch=folder,
-        on_epoch=lambda epoch, terms: advance(1),
-    )
-    discard_state(folder)
-    save_file({"zeta": zeta}, folder / "gates.safetensors")
+    history: list[dict[str, float]] = []
+    if spec.trains_gates:
+        trained = _train_gates(run, folder)
+        history = trained.history
+        discard_state(folder)
+        save_file({"scores": trained.scores.contiguous(), "gates": trained.gates.contiguous()}, folder / GATES)
+    elif spec.method != "none":
+        loss = TaskLoss(run.split.labelled, run.original.tower, spec.questions_per_image)
+        task = run.progress.add_task(f"  {spec.method.replace('_', ' ')} scores", total=1)
+        scores = score_heads(
+            Evidence(
+                run.original,
+                run.split.calibration,
+                loss,
+                spec,
+                run.recipe.seed,
+                advance=lambda share: run.progress.advance(task, share),
+            )
+        )
+        run.progress.remove_task(task)
+        save_file({"scores": scores.contiguous()}, folder / GATES)
     (folder / "history.json").write_text(canonical_json(history), encoding="utf-8")
 
 
-def make_heads(run: Run, folder: Path) -> None:
-    """Choose heads and refit the output projections."""
-    from safetensors.torch import load_file
-
-    from infoprune_export.heads.plan import HeadPlan
-    from infoprune_export.heads.refit import refit_heads
-    from infoprune_export.heads.train import plan_heads
+def _train_gates(run: Run, folder: Path) -> Trained:
+    """In this process or in several, with a progress line that shows the loss terms."""
+    from infoprune_export.heads.launch import train_in_processes
+    from infoprune_export.heads.train import Progress, check_training, train_gates
     from infoprune_export.models.vlm import writable_copy
 
     spec = run.recipe.heads
+    check_training(spec, run.device)
+    task = run.progress.add_task("  gate training", total=None)
+
+    def show(progress: Progress) -> None:
+        terms = "  ".join(f"{name} {value:.3g}" for name, value in progress.terms.items())
+        run.progress.update(task, total=progress.steps, completed=progress.step, description=f"  gates: {terms}")
+
+    try:
+        if spec.processes > 1:
+            recipe = run.recipe.to_dict()
+            return train_in_processes(recipe, run.folder_of("data"), run.device, spec.processes, folder, show)
+        return train_gates(
+            writable_copy(run.original),
+            run.original.tower,
+            run.split.calibration,
+            spec,
+            labelled=run.split.labelled,
+            seed=run.recipe.seed,
+            scratch=folder,
+            on_step=show,
+        )
+    finally:
+        run.progress.remove_task(task)
+
+
+def make_heads(run: Run, folder: Path) -> None:
+    """Choose heads and refit what is left."""
+    from safetensors.torch import load_file
+
+    from infoprune_export.heads.plan import HeadPlan
+    from infoprune_export.heads.prune import prune_heads
+
+    recipe, settled = run.recipe, read_allocation(run)
+    plan = HeadPlan.full(run.original.tower.head_counts())
     weights: dict[str, Tensor] = {}
-    if spec.method == "none":
-        plan = HeadPlan.full(run.original.tower.head_counts())
-    else:
-        plan = plan_heads(load_file(run.folder_of("gates") / "gates.safetensors")["zeta"], spec)
-        if spec.method == "budgeted" and run.recipe.refit.enabled:
-            pruned = writable_copy(run.original)
-            weights = refit_heads(run.original, pruned, plan, run.split.calibration, run.recipe.refit.ridge)
+    if recipe.heads.method != "none":
+        _, plan, weights = prune_heads(
+            run.original,
+            load_file(run.folder_of("gates") / GATES),
+            recipe.heads,
+            run.split.calibration,
+            recipe.refit.ridge if recipe.refit.enabled else None,
+            settled.heads if settled is not None else None,
+        )
     write_plan(folder, plan, weights)
 
 
@@ -153,9 +201,8 @@ def make_ffn(run: Run, folder: Path) -> None:
     """Choose and fit what replaces the FFNs, on top of the pruned heads."""
     from safetensors.torch import load_file
 
-    from infoprune_export.ffn.obs import compress_obs
+    from infoprune_export.ffn.methods import compress_ffn
     from infoprune_export.ffn.plan import FfnPlan
-    from infoprune_export.ffn.svd import compress_paper
     from infoprune_export.heads.plan import HeadPlan
     from infoprune_export.models.calibration import TaskLoss
     from infoprune_export.models.vlm import writable_copy
@@ -166,14 +213,12 @@ def make_ffn(run: Run, folder: Path) -> None:
     blocks = run.original.tower.blocks
     if spec.method == "none":
         plan = FfnPlan.full([block.ffn_shape.size for block in blocks])
-    elif spec.method == "paper":
-        plan, weights = compress_paper(run.original.tower, spec.epsilon)
     else:
         heads = run.folder_of("heads")
         pruned = writable_copy(run.original)
         apply_heads(pruned.tower, HeadPlan.from_dict(read_json(heads / PLAN)), load_file(heads / PLAN_WEIGHTS))
-        advance = run.track("FFN blocks", 2 * len(blocks))
-        plan, weights = compress_obs(
+        advance, settled = run.track("FFN blocks", 2 * len(blocks)), read_allocation(run)
+        plan, weights = compress_ffn(
             run.original,
             pruned,
             run.split.calibration,
@@ -182,20 +227,43 @@ def make_ffn(run: Run, folder: Path) -> None:
             ridge=run.recipe.refit.ridge if run.recipe.refit.enabled else None,
             seed=run.recipe.seed,
             on_block=lambda block: advance(1),
+            widths=settled.widths if settled is not None else None,
+        )
+    write_plan(folder, plan, weights)
+
+
+def make_language(run: Run, folder: Path) -> None:
+    """Choose heads and neurons of the language model, behind the compressed encoder, and refit what is left."""
+    from infoprune_export.language.compress import compress_language
+    from infoprune_export.language.plan import LanguagePlan
+
+    spec, refit = run.recipe.language, run.recipe.refit
+    # Without it nothing is asked of the language model, whose layers need not be known.
+    plan = LanguagePlan.full(())
+    weights: dict[str, Tensor] = {}
+    if spec.method != "none":
+        plan, weights = compress_language(
+            run.original,
+            compressed_tower(run),
+            run.split.calibration,
+            spec,
+            labelled=run.split.labelled,
+            ridge=refit.ridge if refit.enabled else None,
+            seed=run.recipe.seed,
+            track=run.track,
         )
     write_plan(folder, plan, weights)
 
 
 def make_checkpoint(run: Run, folder: Path) -> None:
-    """Carry both plans out and save an ordinary checkpoint."""
-    from infoprune_export.models.vlm import writable_copy
+    """Carry all plans out and save an ordinary checkpoint."""
+    from infoprune_export.language.plan import apply_language
+    from infoprune_export.models.language import language_layers
     from infoprune_export.rewrite import checkpoint
-    from infoprune_export.rewrite.surgery import apply_ffn, apply_heads
 
-    vlm = writable_copy(run.original)
-    heads, head_weights, ffn, ffn_weights = read_plans(run)
-    apply_heads(vlm.tower, heads, head_weights)
-    apply_ffn(vlm.tower, ffn, ffn_weights)
+    vlm = compressed_tower(run)
+    if run.recipe.language.method != "none":
+        apply_language(language_layers(vlm.model), *read_language(run))
     checkpoint.save(vlm.model, vlm.processor, vlm.tower, folder)
 
 
@@ -213,15 +281,23 @@ def make_accuracy(run: Run, folder: Path) -> None:
     only_heads = writable_copy(run.original)
     apply_heads(only_heads.tower, heads, head_weights)
     pruned = open_checkpoint(run, run.device)
-    steps = 3 + (run.recipe.decoder.method != "none")
+    language = run.recipe.language.method != "none"
+    recovery = run.recipe.recovery.method != "none"
+    by_plans = compressed_tower(run, recovered=False) if language or recovery else pruned
+    steps = 3 + recovery + language + (run.recipe.decoder.method != "none")
     advance = run.track("compressed model answers", steps * len(samples))
     answers = {
         "heads": collect_answers(only_heads, samples, _encoder_of(only_heads, None), on_batch=advance),
-        "ffn": collect_answers(pruned, samples, _encoder_of(pruned, None), on_batch=advance),
-        "tokens": collect_answers(pruned, samples, _encoder_of(pruned, run.recipe.tokens), on_batch=advance),
+        "ffn": collect_answers(by_plans, samples, _encoder_of(by_plans, None), on_batch=advance),
     }
+    if recovery:
+        recovered = compressed_tower(run) if language else pruned
+        answers["recovery"] = collect_answers(recovered, samples, _encoder_of(recovered, None), on_batch=advance)
+    if language:
+        answers["language"] = collect_answers(pruned, samples, _encoder_of(pruned, None), on_batch=advance)
+    see = _encoder_of(pruned, run.recipe.tokens)
+    answers["tokens"] = collect_answers(pruned, samples, see, on_batch=advance)
     if (decoder := read_decoder(run, pruned)) is not None:
-        see = _encoder_of(pruned, run.recipe.tokens)
         answers["decoder"] = collect_answers(pruned, samples, see, on_batch=advance, decoder=decoder)
     (folder / "answers.json").write_text(canonical_json(answers), encoding="utf-8")
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from infoprune_export.artifacts import canonical_json
 from infoprune_export.pipeline import Run, execute
 from infoprune_export.recipe import variant_of
+from infoprune_export.stages.budget import ALLOCATION
 from infoprune_export.stages.common import open_checkpoint, read_decoder, read_json, read_plans
+from infoprune_export.stages.recovery import HISTORY, compressed_tower, read_recovery
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -104,10 +106,12 @@ def _subject(run: Run) -> Any:
     return Subject(
         recipe=run.recipe,
         split=run.split,
-        answering=run.original,
+        answering=run.original if run.recipe.language.method == "none" else open_checkpoint(run, run.device),
         original=run.original_on_cpu,
         pruned=open_checkpoint(run),
         full_copy=writable_copy(run.original_on_cpu),
+        by_plans=compressed_tower(run, recovered=False, on_cpu=True),
+        recovery=read_recovery(run),
         heads=heads,
         ffn=ffn,
         weights={**head_weights, **ffn_weights},
@@ -143,16 +147,21 @@ def make_bench(run: Run, folder: Path) -> None:
 
 
 def make_variants(run: Run, folder: Path) -> None:
-    """Run every variant up to its accuracy, in a folder of its own beside this run's stages."""
+    """Run every variant up to its accuracy, in a folder of its own beside this run's stages.
+
+    What equals a stage of this run, or of a variant before, is not done again.
+    """
     from infoprune_export.stages import STAGES
     from infoprune_export.validate.verdict import summarize_variant
 
     results = {}
+    donors: tuple[Path, ...] = (run.folder,)
     for name in run.recipe.variants:
         recipe = variant_of(run.recipe, name)
         run.progress.console.print(f"[bold]variant {name}[/bold]")
-        child = Run(recipe, run.folder / "variants-runs" / name, run.progress, donor=run.folder)
+        child = Run(recipe, run.folder / "variants-runs" / name, run.progress, donors=donors)
         execute(child, STAGES, "accuracy")
+        donors = (*donors, child.folder)
         results[name] = summarize_variant(
             recipe,
             child.split,
@@ -173,9 +182,11 @@ def make_report(run: Run, folder: Path) -> None:
         description=run.recipe.description,
         recipe=run.recipe.to_dict(),
         validation=validation,
+        budget=read_json(run.folder_of("budget") / ALLOCATION),
         bench=read_json(run.folder_of("bench") / "bench.json"),
         variants=read_json(run.folder_of("variants") / "variants.json"),
         history=read_json(run.folder_of("gates") / "history.json"),
+        recovery=read_json(run.folder_of("recovery") / HISTORY),
         pictures=pictures_of(run.original, run.split.validation, validation),
     )
     (folder / REPORT).write_text(page, encoding="utf-8")

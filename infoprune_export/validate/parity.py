@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from infoprune_export.engine.base import Engine
-from infoprune_export.ffn.plan import FfnPlan
+from infoprune_export.ffn.plan import FfnChoice, FfnPlan
 from infoprune_export.heads.plan import HeadPlan
-from infoprune_export.models.tower import VisionTower
+from infoprune_export.models.tower import Block, VisionTower
 from infoprune_export.recipe import Recipe, TokensSpec
-from infoprune_export.rewrite.surgery import ATTENTION_OUT, FFN_IN, FFN_OUT
+from infoprune_export.rewrite.surgery import ATTENTION_OUT, FFN_BYPASS, FFN_IN, FFN_OUT
 from infoprune_export.tokens.encoder import FEATURES, KEPT, VisionEncoder
 from infoprune_export.tokens.reference import replay
 from infoprune_export.tokens.select import consolidate, keep_count, weighting
@@ -77,8 +77,8 @@ def masked(
     """A full-size tower made to compute what the plans ask for by masking, not by removal.
 
     Dropped heads and neurons are zeroed where they enter their projection; refitted weights go into the kept columns. A
-    linear FFN becomes the dense product of its factors. The tower is changed for good (give it a copy); only the masks
-    end with the block.
+    linear FFN, a factored projection and a bypass become the dense product of their factors. The tower is changed for
+    good (give it a copy); only the masks end with the block.
     """
     handles = []
     for i, block in enumerate(tower.blocks):
@@ -87,10 +87,19 @@ def masked(
         handles.append(_mask(block.attention_out, channels))
         _place(block.attention_out, channels, weights, f"{i}.{ATTENTION_OUT}")
         choice = ffn.choices[i]
-        if choice.kind == "mlp":
+        if choice.kind == "factored":
+            _place_products(block, choice, weights, i)
+            handles.append(_mask(block.ffn_out, torch.tensor(choice.neurons, dtype=torch.long)))
+        elif choice.kind != "linear":
             neurons = torch.tensor(choice.neurons, dtype=torch.long)
             handles.append(_mask(block.ffn_out, neurons))
-            _place(block.ffn_out, neurons, weights, f"{i}.{FFN_OUT}")
+            out = {name: value for name, value in weights.items() if name.startswith(f"{i}.{FFN_OUT}.")}
+            if choice.kind == "bypass":
+                both = out[f"{i}.{FFN_OUT}.weight"]
+                out[f"{i}.{FFN_OUT}.weight"] = both[:, : choice.size]
+                dense = both[:, choice.size :] @ weights[f"{i}.{FFN_BYPASS}.weight"]
+                handles.append(_add_linear(block.ffn, dense))
+            _place(block.ffn_out, neurons, out, f"{i}.{FFN_OUT}")
         else:
             up, down = weights[f"{i}.{FFN_IN}.weight"], weights[f"{i}.{FFN_OUT}.weight"]
             block.make_ffn_linear(len(down))
@@ -114,6 +123,24 @@ def _place(projection: nn.Linear, kept: Tensor, weights: Mapping[str, Tensor], n
     if f"{name}.weight" in weights:
         projection.weight[:, kept] = weights[f"{name}.weight"]
         projection.bias.copy_(weights[f"{name}.bias"])
+
+
+@torch.no_grad()
+def _place_products(block: Block, choice: FfnChoice, weights: Mapping[str, Tensor], number: int) -> None:
+    """Dense products of the factors, into the kept neurons' rows and columns of the full-size projections."""
+    kept = torch.tensor(choice.neurons, dtype=torch.long)
+    for role, projection in block.ffn_projections.items():
+        product = weights[f"{number}.{role}.weight"] @ weights[f"{number}.{role}_factor.weight"]
+        if role == FFN_OUT:
+            projection.weight[:, kept] = product
+            projection.bias.copy_(weights[f"{number}.{role}.bias"])
+        else:
+            projection.weight[kept] = product
+            projection.bias[kept] = weights[f"{number}.{role}.bias"]
+
+
+def _add_linear(ffn: nn.Module, weight: Tensor) -> Any:
+    return ffn.register_forward_hook(lambda _, arguments, output: output + F.linear(arguments[0], weight))
 
 
 # ── PyTorch against an engine ────────────────────────────────────────────────

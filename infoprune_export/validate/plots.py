@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -14,10 +14,13 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from infoprune_export.ffn.plan import FfnChoice, FfnPlan
+
 # The same input gives the same bytes, and text stays text.
 mpl.rcParams.update({"svg.hashsalt": "infoprune-export", "svg.fonttype": "none", "font.size": 9})
 
 BEFORE, AFTER, GONE, ALERT = "#8a94a6", "#1668b8", "#e3e7ee", "#b3261e"
+_FFN_COLOURS: Mapping[str, str] = {"mlp": AFTER, "bypass": "#1b8a7a", "factored": "#7a4fb5", "linear": ALERT}
 
 
 def head_map(total: Sequence[int], kept: Sequence[Sequence[int]]) -> str:
@@ -36,21 +39,38 @@ def head_map(total: Sequence[int], kept: Sequence[Sequence[int]]) -> str:
     return to_svg(figure)
 
 
-def ffn_bars(widths: Sequence[int], choices: Sequence[dict[str, Any]]) -> str:
-    """What is left of every FFN, over its original width."""
-    sizes = [len(choice["neurons"]) if choice["kind"] == "mlp" else choice["rank"] for choice in choices]
-    figure = blank(5.0, 0.32 * len(widths) + 0.9)
+def ffn_bars(plan: FfnPlan) -> str:
+    """What is left of every FFN's multiply-accumulates, and as what; blocks from bottom to top."""
+    rows = np.arange(len(plan.widths))
+    kept = [
+        100 * plan.macs(choice) / plan.macs(FfnChoice("mlp", tuple(range(width))))
+        for width, choice in zip(plan.widths, plan.choices, strict=True)
+    ]
+    figure = blank(5.4, 0.32 * len(rows) + 0.9)
     axes = figure.add_subplot()
-    rows = np.arange(len(widths))
-    axes.barh(rows, widths, color=GONE, height=0.8)
-    axes.barh(rows, sizes, color=[AFTER if choice["kind"] == "mlp" else ALERT for choice in choices], height=0.8)
-    for row, (size, choice) in enumerate(zip(sizes, choices, strict=True)):
-        unit = "neurons" if choice["kind"] == "mlp" else "rank, linear"
-        axes.text(max(widths) * 1.01, int(row), f"{size} {unit}", va="center", color="#444")
-    axes.set(xlim=(0, max(widths) * 1.3), ylabel="block", xlabel="neurons")
+    axes.barh(rows, 100.0, color=GONE, height=0.8)
+    axes.barh(rows, kept, color=[_FFN_COLOURS[choice.kind] for choice in plan.choices], height=0.8)
+    # Factors of high rank can cost more than what they replace.
+    end = max(100.0, *kept)
+    for row, choice in enumerate(plan.choices):
+        axes.text(1.02 * end, int(row), ffn_label(choice), va="center", color="#444")
+    axes.set(xlim=(0, 1.75 * end), ylabel="block", xlabel="multiply-accumulates kept, %")
+    axes.set_xticks([0, 25, 50, 75, 100])
     axes.set_yticks(rows, [str(row) for row in rows])
     tidy(axes)
     return to_svg(figure)
+
+
+def ffn_label(choice: FfnChoice) -> str:
+    """What an FFN became, in a few words."""
+    neurons = f"{choice.size} neurons"
+    if choice.kind == "linear":
+        return f"linear, rank {choice.rank}"
+    if choice.kind == "factored":
+        return f"{neurons}, ranks {'/'.join(map(str, choice.ranks))}"
+    if choice.kind == "bypass":
+        return f"{neurons} + bypass of rank {choice.rank}"
+    return neurons if choice.neurons else "constant"
 
 
 def accuracy_steps(rows: Sequence[dict[str, Any]], metric: str) -> str:
@@ -109,6 +129,16 @@ def gate_history(history: Sequence[dict[str, float]]) -> str:
         axes.plot(epochs, [epoch[term] for epoch in history], "o-", ms=3, label=term.replace("_", " "))
     axes.set(xlabel="epoch", ylim=(0, None))
     axes.legend(frameon=False, ncols=3)
+    tidy(axes)
+    return to_svg(figure)
+
+
+def recovery_history(history: Sequence[Mapping[str, float]]) -> str:
+    """Distance to the original's visual tokens over epochs, relative to their variance."""
+    figure = blank(5.4, 2.4)
+    axes = figure.add_subplot()
+    axes.plot(np.arange(1, len(history) + 1), [epoch["distance"] for epoch in history], "o-", ms=3, color=AFTER)
+    axes.set(xlabel="epoch", ylabel="distance / variance", ylim=(0, None))
     tidy(axes)
     return to_svg(figure)
 

@@ -12,7 +12,9 @@ from markupsafe import Markup
 
 from infoprune_export import __version__
 from infoprune_export.artifacts import library_versions
+from infoprune_export.ffn.plan import FfnPlan
 from infoprune_export.validate import plots
+from infoprune_export.validate.tables import budget_parts, compare_runs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,22 +32,28 @@ def render(
     description: str,
     recipe: dict[str, Any],
     validation: dict[str, Any],
+    budget: dict[str, Any],
     bench: dict[str, Any],
     variants: dict[str, Any],
     history: list[dict[str, float]],
+    recovery: list[dict[str, float]],
     pictures: list[str],
 ) -> str:
-    """The page as text; see `verdict.validate`, `bench.bench_onnx` and `verdict.summarize_variant` for the inputs."""
+    """The page as text; see `verdict.validate`, `bench.bench_onnx` and `verdict.summarize_variant` for the inputs.
+
+    `budget` is the budget stage's allocation with its table, both None in a run without one.
+    """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     figures = {
         "heads": plots.head_map(validation["heads"]["total"], validation["heads"]["kept"]),
-        "ffn": plots.ffn_bars(validation["ffn"]["widths"], validation["ffn"]["choices"]),
+        "ffn": plots.ffn_bars(FfnPlan.from_dict(validation["ffn"])),
         "accuracy": plots.accuracy_steps(validation["accuracy"], validation["metric"]),
         "latency": plots.latency_bars(bench["rows"]),
         "gates": plots.gate_history(history) if history else "",
+        "recovery": plots.recovery_history(recovery) if recovery else "",
     }
     rows = validation["accuracy"]
     return template.render(
@@ -56,27 +64,15 @@ def render(
         first=rows[0],
         last=rows[-1],
         merged=recipe["tokens"]["merge"],
-        compare=[
-            {"name": variant, "steps": {row["step"]: row for row in summary["accuracy"]}, **summary}
-            for variant, summary in {"this run": _as_variant(validation, recipe), **variants}.items()
-        ],
+        compare=compare_runs(validation, recipe, variants),
+        budget=budget_parts(budget),
+        recipe=recipe,
         figures={key: Markup(svg) for key, svg in figures.items()},
         pictures=pictures,
         recipe_text=json.dumps(recipe, indent=2, ensure_ascii=False),
         version=__version__,
         libraries=library_versions(),
     )
-
-
-def _as_variant(validation: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
-    size = validation["size"]
-    return {
-        "heads_removed": size["heads_removed"],
-        "ffn_macs_kept": size["ffn_macs_kept"],
-        "tokens_kept": size["visual_tokens"]["compressed"] / size["visual_tokens"]["original"],
-        "methods": {section: recipe[section]["method"] for section in ("heads", "ffn", "tokens")},
-        "accuracy": validation["accuracy"],
-    }
 
 
 def pictures_of(vlm: VLM, samples: Sequence[Sample], validation: dict[str, Any]) -> list[str]:

@@ -1,7 +1,8 @@
 """One table from the original to the engine, and one verdict against the recipe's tolerances.
 
-A loss of accuracy or a numerical error belongs to the step behind which it first shows: heads, ffn, tokens, onnx,
-engine. The verdict is PASS when every parity holds and the engine is accurate enough; nothing else is excused by it.
+A loss of accuracy or a numerical error belongs to the step behind which it first shows: heads, ffn, recovery, tokens,
+onnx, engine. The verdict is PASS when every parity holds and the engine is accurate enough; nothing else is excused by
+it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from infoprune_export.engine.base import Engine
 from infoprune_export.ffn.plan import FfnPlan
 from infoprune_export.heads.plan import HeadPlan
 from infoprune_export.models.calibration import inputs_of
+from infoprune_export.models.tower import VisionTower
 from infoprune_export.models.vlm import VLM, Decoding
 from infoprune_export.recipe import Recipe
+from infoprune_export.recovery.weights import apply_recovery
 from infoprune_export.tokens.encoder import KEPT, VisionEncoder, encode, form_of
 from infoprune_export.validate.accuracy import (
     agreement_scores,
@@ -40,7 +43,9 @@ Answers = Sequence[Sequence[str]]
 STEPS = {
     "original": "the model as it came",
     "heads": "attention heads removed",
-    "ffn": "FFNs compressed; the rewritten checkpoint",
+    "ffn": "FFNs compressed; the rewritten encoder",
+    "recovery": "what is left of the encoder trained to give the original's visual tokens",
+    "language": "heads and FFNs of the language model removed",
     "tokens": "visual tokens selected",
     "decoder": "visual tokens dropped inside the language model",
     "onnx": "exported file in ONNX Runtime",
@@ -55,11 +60,16 @@ class Subject:
     recipe: Recipe
     split: Split
     answering: VLM
-    """The original on the run's device; its language model answers for every engine."""
+    """Whose language model answers for every engine, on the run's device: the original, or the rewritten model where
+    the language model was compressed too."""
     original: VLM
     pruned: VLM
     full_copy: VLM
     """A copy of the original that may be changed."""
+    by_plans: VLM
+    """The original rewritten by the plans for heads and FFNs alone; may be changed."""
+    recovery: dict[str, torch.Tensor]
+    """Trained parameters of the rewritten tower's blocks; none without recovery."""
     heads: HeadPlan
     ffn: FfnPlan
     weights: dict[str, torch.Tensor]
@@ -83,7 +93,11 @@ def validate(subject: Subject) -> dict[str, Any]:
         see = partial(encode, subject.original.tower, form, recipe.tokens, through(engine))
         answers[step] = collect_answers(subject.answering, samples, see, on_batch=advance, decoder=subject.decoder)
     accuracy = accuracy_table(samples, subject.split.labelled, subject.baseline, answers)
-    checks = [*_parity_checks(parities, recipe), _accuracy_check(accuracy, recipe, subject.split.labelled)]
+    checks = [
+        *_parity_checks(parities, recipe),
+        _checkpoint_check(subject),
+        _accuracy_check(accuracy, recipe, subject.split.labelled),
+    ]
     return {
         "verdict": "PASS" if all(check["passed"] for check in checks) else "FAIL",
         "checks": checks,
@@ -101,13 +115,13 @@ def validate(subject: Subject) -> dict[str, Any]:
 
 
 def _rewrite_parity(subject: Subject) -> list[Parity]:
-    """Masked full-size model against the checkpoint, on validation images and on random input."""
+    """Masked full-size model against the rewritten one before recovery, on validation images and on random input."""
     recipe = subject.recipe
     parities = []
     with masked(subject.full_copy.tower, subject.heads, subject.ffn, subject.weights), torch.inference_mode():
         for case, inputs in _inputs(subject):
             expected = subject.full_copy.tower.features_of(inputs).numpy()
-            actual = subject.pruned.tower.features_of(inputs).numpy()
+            actual = subject.by_plans.tower.features_of(inputs).numpy()
             parities.append(
                 compare(expected, actual, step="rewrite", case=case, tolerance=recipe.validate_.rewrite_tolerance)
             )
@@ -260,6 +274,21 @@ def _parity_checks(parities: Sequence[Parity], recipe: Recipe) -> list[dict[str,
                 _check(f"kept tokens, {what}", value <= limit, value, limit, "worst step under replay in float64")
             )
     return checks
+
+
+def _checkpoint_check(subject: Subject) -> dict[str, Any]:
+    """The checkpoint's blocks, bit by bit, against the plans and recovery they were made of."""
+    apply_recovery(subject.by_plans.tower, subject.recovery)
+    made, loaded = (_block_tensors(vlm.tower) for vlm in (subject.by_plans, subject.pruned))
+    names = sorted(made.keys() | loaded.keys())
+    wrong = [n for n in names if n not in made or n not in loaded or not torch.equal(made[n], loaded[n])]
+    detail = f"first: {wrong[0]}" if wrong else f"{len(names)} tensors of the vision blocks"
+    return _check("tensors that differ, plans = checkpoint", not wrong, len(wrong), 0, detail)
+
+
+def _block_tensors(tower: VisionTower) -> dict[str, torch.Tensor]:
+    blocks = enumerate(tower.blocks)
+    return {f"{i}.{name}": value for i, block in blocks for name, value in block.module.state_dict().items()}
 
 
 def _accuracy_check(rows: Sequence[dict[str, Any]], recipe: Recipe, labelled: bool) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infoprune_export.analysis.spectra import effective_rank, ks_distance, singular_values, spectral_wasserstein
-from infoprune_export.heads.gates import SpectralTerms
+from infoprune_export.heads.spectral import SpectralTerms
 
 REPEATABLE = settings(derandomize=True, deadline=None, max_examples=40)
 spectra = st.lists(st.integers(1, 12), min_size=1, max_size=9).map(lambda v: torch.tensor(v, dtype=torch.float64))

@@ -28,7 +28,7 @@ FP16_TOLERANCE = 1e-2
 
 @cache
 def tower(family, dtype=torch.float32, pruned=False):
-    made = tower_of(random_model(family, 3).to(dtype))
+    made = tower_of(random_model(family, 4 if pruned else 3).to(dtype))
     if pruned:
         torch.manual_seed(0)
         made.blocks[0].keep_heads([])
@@ -37,6 +37,10 @@ def tower(family, dtype=torch.float32, pruned=False):
         torch.nn.init.normal_(made.blocks[1].ffn_in.weight, std=0.1)
         torch.nn.init.normal_(made.blocks[1].ffn_out.weight, std=0.1)
         made.blocks[-1].keep_heads([1, 3])
+        made.blocks[0].make_ffn_bypass(4)
+        made.blocks[-1].make_ffn_factored([12] * len(made.blocks[-1].ffn_projections))
+        for layer in (*made.blocks[0].ffn_projections.values(), *made.blocks[-1].ffn_projections.values()):
+            torch.nn.init.normal_(layer.weight, std=0.1)
     return made
 
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from infoprune_export.data.testbed import build_model
 from infoprune_export.errors import InfopruneError
 from infoprune_export.ffn.plan import FfnChoice, FfnPlan
-from infoprune_export.ffn.svd import compress_paper, smallest_rank
+from infoprune_export.ffn.svd import smallest_rank, truncated_products
 from infoprune_export.models import tower_of
 from infoprune_export.models.tower import VisionTower
+from infoprune_export.recipe import FfnSpec
 
 REPEATABLE = settings(derandomize=True, deadline=None, max_examples=60)
 
@@ -47,6 +48,20 @@ def test_smallest_rank_equals_exact_search(values: list[int], percent: int):
     assert smallest_rank(torch.tensor(values, dtype=torch.float64), percent / 100) == expected
 
 
+@REPEATABLE
+@given(st.integers(0, 10**6), st.integers(2, 9), st.floats(0.02, 0.95))
+def test_smallest_rank_is_the_least_that_meets_equation_8(seed: int, size: int, epsilon: float):
+    """Brute force: truncate the matrix itself at every rank and measure |W - W_k| / |W|."""
+    matrix = np.random.default_rng(seed).normal(size=(size, size)) * np.logspace(0, -2, size)
+    u, sigma, vt = np.linalg.svd(matrix)
+    errors = [
+        np.linalg.norm(matrix - (u[:, :k] * sigma[:k]) @ vt[:k]) / np.linalg.norm(matrix) for k in range(1, size + 1)
+    ]
+    assume(min(abs(error - epsilon) for error in errors) > 1e-9)
+    expected = 1 + next(k for k, error in enumerate(errors) if error <= epsilon)
+    assert smallest_rank(torch.from_numpy(sigma), epsilon) == expected
+
+
 @pytest.mark.parametrize("size", [1, 7, 59])
 def test_smallest_rank_without_tolerance_is_everything(size: int):
     assert smallest_rank(torch.full((size,), 0.1), 0.0) == size
@@ -65,8 +80,8 @@ def test_smallest_rank_of_nothing_is_one():
 
 
 @pytest.mark.parametrize("epsilon", [0.05, 0.3, 0.8])
-def test_compress_paper_error_is_the_eckart_young_tail(tower: VisionTower, epsilon: float):
-    plan, weights = compress_paper(tower, epsilon)
+def test_truncated_products_error_is_the_eckart_young_tail(tower: VisionTower, epsilon: float):
+    plan, weights = truncated_products(tower, FfnSpec(epsilon=epsilon))
     for i, block in enumerate(tower.blocks):
         product = (block.ffn_out.weight.double() @ block.ffn_in.weight.double()).numpy()
         sigma = np.linalg.svd(product, compute_uv=False)
@@ -79,8 +94,8 @@ def test_compress_paper_error_is_the_eckart_young_tail(tower: VisionTower, epsil
             assert np.sqrt((sigma[rank - 1 :] ** 2).sum()) > epsilon * np.linalg.norm(product)
 
 
-def test_compress_paper_factors_multiply_to_the_truncated_product(tower: VisionTower):
-    plan, weights = compress_paper(tower, 0.5)
+def test_truncated_products_factors_multiply_to_the_truncated_product(tower: VisionTower):
+    plan, weights = truncated_products(tower, FfnSpec(epsilon=0.5))
     for i, block in enumerate(tower.blocks):
         u, sigma, vt = np.linalg.svd((block.ffn_out.weight.double() @ block.ffn_in.weight.double()).numpy())
         rank = plan.choices[i].rank
@@ -93,8 +108,8 @@ def test_compress_paper_factors_multiply_to_the_truncated_product(tower: VisionT
         np.testing.assert_allclose(np.linalg.norm(up, axis=1), np.sqrt(sigma[:rank]), rtol=1e-5)
 
 
-def test_compress_paper_bias_carries_the_first_bias_through(tower: VisionTower):
-    _, weights = compress_paper(tower, 0.05)
+def test_truncated_products_bias_carries_the_first_bias_through(tower: VisionTower):
+    _, weights = truncated_products(tower, FfnSpec(epsilon=0.05))
     for i, block in enumerate(tower.blocks):
         first, second = block.ffn_in, block.ffn_out
         linear = torch.nn.functional.linear(first.bias, second.weight, second.bias)
@@ -102,9 +117,9 @@ def test_compress_paper_bias_carries_the_first_bias_through(tower: VisionTower):
         torch.testing.assert_close(weights[f"{i}.ffn_out.bias"], linear, rtol=1e-5, atol=1e-6)
 
 
-def test_compress_paper_describes_every_executed_block_and_leaves_the_tower(tower: VisionTower):
+def test_truncated_products_describes_every_executed_block_and_leaves_the_tower(tower: VisionTower):
     before = {name: value.clone() for name, value in tower.model.state_dict().items()}
-    plan, weights = compress_paper(tower, 0.05)
+    plan, weights = truncated_products(tower, FfnSpec(epsilon=0.05))
     assert plan.widths == (128,) * len(tower.blocks)
     assert [choice.kind for choice in plan.choices] == ["linear"] * len(tower.blocks)
     roles = ("ffn_in.weight", "ffn_out.weight", "ffn_out.bias")
@@ -112,10 +127,23 @@ def test_compress_paper_describes_every_executed_block_and_leaves_the_tower(towe
     assert all(torch.equal(value, before[name]) for name, value in tower.model.state_dict().items())
 
 
-def test_compress_paper_of_a_compressed_tower_is_refused(tower: VisionTower):
+def test_truncated_products_of_a_compressed_tower_is_refused(tower: VisionTower):
     tower.blocks[1].make_ffn_linear(4)
     with pytest.raises(InfopruneError, match=r"^block 1: the FFN is linear already.*original model$"):
-        compress_paper(tower, 0.05)
+        truncated_products(tower, FfnSpec(epsilon=0.05))
+
+
+@pytest.mark.parametrize(("keep", "rank"), [(0.1, 8), (0.15, 16), (0.9, 32)])
+def test_truncated_products_by_budget(tower: VisionTower, keep: float, rank: int):
+    """.1 of 128 neurons is rank 12, down to a multiple of 8; never more than the 32 features."""
+    plan, _ = truncated_products(tower, FfnSpec(rank_by="keep_macs", keep_macs=keep))
+    assert [choice.rank for choice in plan.choices] == [rank] * len(tower.blocks)
+    assert plan.kept_fraction == pytest.approx(rank / 128)
+
+
+def test_truncated_products_of_a_budget_below_one_rank_are_refused(tower: VisionTower):
+    with pytest.raises(InfopruneError, match=r"^ffn.keep_macs = 0.05 pays for rank 6, less than .*rank_round_to = 8"):
+        truncated_products(tower, FfnSpec(rank_by="keep_macs", keep_macs=0.05))
 
 
 # ── Plan ─────────────────────────────────────────────────────────────────────

@@ -1,15 +1,11 @@
 import numpy as np
-import pytest
 import torch
 
-from infoprune_export.errors import InfopruneError
-from infoprune_export.heads.gates import gated, head_grams
+from infoprune_export.heads.gates import fold_gates, gated, head_grams, output_projections
 from infoprune_export.heads.plan import HeadPlan
 from infoprune_export.heads.refit import refit_heads
-from infoprune_export.heads.train import train_gates
 from infoprune_export.models.calibration import TaskLoss, captured_input, inputs_of
 from infoprune_export.models.vlm import writable_copy
-from infoprune_export.recipe import HeadsSpec
 from infoprune_export.rewrite.surgery import apply_heads
 
 
@@ -49,53 +45,38 @@ def test_head_grams_equal_the_direct_product_over_uneven_batches(random_vlm, sce
     torch.testing.assert_close(grams[3], z.T @ z / len(z), rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["budgeted", "paper"])
-def test_training_killed_at_any_epoch_ends_with_the_same_bits(random_vlm, scene_split, tmp_path, method):
-    spec = HeadsSpec(method=method, epochs=3, batch_size=8)
-    loss = TaskLoss(True, random_vlm.tower)
-    samples = scene_split.calibration
-
-    class Killed(Exception):
-        pass
-
-    def run(name, stop_after=None):
-        def on_epoch(epoch, terms):
-            if epoch == stop_after:
-                raise Killed
-
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        return train_gates(random_vlm, samples, spec, loss, seed=1, scratch=folder, on_epoch=on_epoch)
-
-    whole, history = run("whole")
-    assert len(history) == 3
-    for stop in (0, 1):
-        with pytest.raises(Killed):
-            run(f"cut{stop}", stop)
-        resumed, resumed_history = run(f"cut{stop}")
-        assert torch.equal(whole, resumed)
-        assert resumed_history == history
-    (tmp_path / "other").mkdir()
-    other, _ = train_gates(random_vlm, samples, spec, loss, seed=2, scratch=tmp_path / "other")
-    assert not torch.equal(whole, other), "the seed must matter"
+def test_shares_of_the_grams_sum_to_the_whole(random_vlm, scene_split):
+    samples = scene_split.calibration[:7]
+    whole = head_grams(random_vlm, samples, 2)
+    sums: list[list[torch.Tensor]] = []
+    for index in range(2):
+        parts: list[torch.Tensor] = []
+        head_grams(random_vlm, samples, 2, share=(index, 2), reduce=lambda t, parts=parts: parts.append(t.clone()) or t)
+        sums.append(parts)
+    tokens, *grams = [a + b for a, b in zip(*sums, strict=True)]
+    assert tokens == 7 * 65
+    for gram, expected in zip(grams, whole, strict=True):
+        torch.testing.assert_close(gram / tokens, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_training_without_labels_distils_features(random_vlm, scene_split, tmp_path):
-    loss = TaskLoss(False, random_vlm.tower)
-    assert loss(random_vlm, scene_split.calibration[:2], np.random.default_rng(0)).item() == 0
-    spec = HeadsSpec(epochs=1, batch_size=8)
-    copy = writable_copy(random_vlm)
-    zeta, history = train_gates(copy, scene_split.calibration, spec, loss, seed=0, scratch=tmp_path)
-    assert 0 < history[0]["task"] < 1
-    assert zeta.std() > 0
+def test_folded_gates_compute_what_gates_at_work_compute(random_vlm, pixels):
+    gates = torch.rand(5, 4, generator=torch.Generator().manual_seed(1))
+    folded = writable_copy(random_vlm)
+    fold_gates(folded.tower, gates)
+    with torch.no_grad(), gated(random_vlm.tower, list(gates)):
+        expected = random_vlm.tower.features_of(pixels)
+    with torch.no_grad():
+        torch.testing.assert_close(folded.tower.features_of(pixels), expected, rtol=0, atol=1e-5)
 
 
-def test_pruned_tower_is_refused(random_vlm, scene_split, tmp_path):
-    random_vlm.tower.blocks[0].keep_heads([1])
-    with pytest.raises(InfopruneError, match="unpruned"):
-        train_gates(
-            random_vlm, scene_split.calibration, HeadsSpec(), TaskLoss(True, random_vlm.tower), seed=0, scratch=tmp_path
-        )
+def test_output_projections_are_named_as_surgery_reads_them(random_vlm, pixels):
+    plan = HeadPlan((4,) * 5, ((0, 2), (), (0, 1, 2, 3), (3,), (1,)))
+    source, target = writable_copy(random_vlm), writable_copy(random_vlm)
+    fold_gates(source.tower, torch.full((5, 4), 0.5))
+    apply_heads(source.tower, plan, {})
+    apply_heads(target.tower, plan, output_projections(source.tower))
+    with torch.no_grad():
+        assert torch.equal(target.tower.features_of(pixels), source.tower.features_of(pixels))
 
 
 def distance(a, b, vlm, samples):

@@ -29,10 +29,10 @@ from infoprune_export.data import testbed
 from infoprune_export.errors import InfopruneError
 from infoprune_export.models import tower_of
 from infoprune_export.rewrite import checkpoint
-from infoprune_export.rewrite.surgery import FFN_IN, FFN_OUT
+from infoprune_export.rewrite.surgery import FFN_BYPASS, FFN_IN, FFN_OUT
 
 # Blocks of `families.head_plan` and `ffn_plan` by what is left in them.
-NO_HEADS, NO_NEURONS, WHOLE, LINEAR, ONE_NEURON = range(5)
+NO_HEADS, NO_NEURONS, WHOLE, LINEAR, ONE_NEURON, FACTORED, BYPASS = range(7)
 
 
 class NoProcessor:
@@ -43,8 +43,8 @@ class NoProcessor:
 
 
 def pruned_model(name):
-    """Blocks with none, one, some and all heads; networks of no, one, half and all neurons, and a linear one."""
-    tower = tower_of(build(name, blocks=6))
+    """Blocks with none, one, some and all heads; FFNs of no, one, half and all neurons, and of every other kind."""
+    tower = tower_of(build(name, blocks=8))
     heads, ffn = head_plan(tower), ffn_plan(tower)
     prune(tower, heads, ffn, refitted(tower, heads, ffn, seeded()))
     return tower.model
@@ -165,7 +165,7 @@ def test_testbed_with_its_processor_comes_back(random_vlm, pixels, tmp_path):
 
 
 def names_of(model, saved, block, role):
-    """The file's names for a block's weights: ``qkv``, ``attention_out``, ``ffn_in`` or ``ffn_out``."""
+    """The file's names for a block's weights by role; the inputs of a gated FFN are one."""
     one = tower_of(model).blocks[block]
     names = one._names
     tails = {
@@ -173,6 +173,9 @@ def names_of(model, saved, block, role):
         "attention_out": [f"{names.attention}.{names.out}"],
         FFN_IN: [f"{names.ffn}.{part}" for part in names.ffn_in],
         FFN_OUT: [f"{names.ffn}.{names.ffn_out}"],
+        "ffn_in_factor": [f"{names.ffn}.{part}_factor" for part in names.ffn_in],
+        "ffn_out_factor": [f"{names.ffn}.{names.ffn_out}_factor"],
+        FFN_BYPASS: [f"{names.ffn}.bypass"],
     }[role]
     stack = "blocks" if model.config.model_type.startswith("qwen") else "encoder.layers"
     wanted = tuple(f"{stack}.{block}.{tail}.{kind}" for tail in tails for kind in ("weight", "bias"))
@@ -193,6 +196,25 @@ def test_file_has_no_trace_of_removed_parts(pruned, saved):
     assert {shapes[name] for name in names_of(pruned, saved, ONE_NEURON, FFN_IN)} == {(1,), (1, 64)}
 
 
+def test_file_holds_factors_and_bypass_in_place_of_the_dense_weights(pruned, saved):
+    tensors, tower = load_file(saved / "model.safetensors"), tower_of(pruned)
+    width, projections = tower.blocks[WHOLE].ffn_shape.size, len(tower.blocks[WHOLE].ffn_projections)
+
+    def weights(number, *roles):
+        names = [name for role in (FFN_IN, FFN_OUT, *roles) for name in names_of(pruned, saved, number, role)]
+        return sum(tensors[name].numel() for name in names if name.endswith("weight"))
+
+    factored, bypass = tower.blocks[FACTORED].ffn_shape, tower.blocks[BYPASS].ffn_shape
+    assert weights(FACTORED, "ffn_in_factor", "ffn_out_factor") == sum(factored.ranks) * (64 + width)
+    assert weights(BYPASS, FFN_BYPASS) == 64 * (projections * bypass.size + 2 * bypass.ranks[0])
+    # Where the old name is there at all, the shape is another one: a loader that knows nothing of it stops.
+    for number in (FACTORED, BYPASS):
+        for role in (FFN_IN, FFN_OUT):
+            for name in names_of(pruned, saved, number, role):
+                dense = tensors[name.replace(f".{number}.", f".{WHOLE}.")]
+                assert name.endswith("bias") or tensors[name].shape != dense.shape
+
+
 # ── Damage ──
 
 PARTS = [
@@ -204,6 +226,11 @@ PARTS = [
     (LINEAR, FFN_IN),
     (LINEAR, FFN_OUT),
     (ONE_NEURON, FFN_IN),
+    (FACTORED, FFN_IN),
+    (FACTORED, "ffn_in_factor"),
+    (FACTORED, "ffn_out_factor"),
+    (BYPASS, FFN_BYPASS),
+    (BYPASS, FFN_OUT),
 ]
 
 
@@ -333,6 +360,16 @@ assert "infoprune_export" not in sys.modules
         (lambda record: record["blocks"][0]["ffn"].update(kind="linear", size=0), "linear FFN of size 0"),
         (lambda record: record["blocks"][0]["ffn"].update(kind="constant"), r"constant FFN of size \d+ does not fit"),
         (lambda record: record["blocks"][0]["ffn"].update(kind="sparse"), r"sparse FFN of size \d+ does not fit"),
+        (lambda record: record["blocks"][FACTORED]["ffn"].pop("ranks"), r"factored FFN of size \d+ does not fit"),
+        (lambda record: record["blocks"][FACTORED]["ffn"]["ranks"].pop(), r"and ranks \[.*\] does not fit"),
+        (lambda record: record["blocks"][FACTORED]["ffn"].update(ranks=[64, 64, 64]), r"and ranks \[64, 64, 64\]"),
+        (lambda record: record["blocks"][FACTORED]["ffn"].update(ranks=7), "and ranks 7 does not fit"),
+        (lambda record: record["blocks"][FACTORED]["ffn"]["ranks"].__setitem__(0, 1.5), r"and ranks \[1.5, .*fit"),
+        (lambda record: record["blocks"][BYPASS]["ffn"].update(ranks=[0]), r"bypass FFN .* and ranks \[0\] does not"),
+        (lambda record: record["blocks"][BYPASS]["ffn"].pop("ranks"), r"bypass FFN of size \d+ does not fit"),
+        (lambda record: record["blocks"][BYPASS]["ffn"].update(size=0), r"bypass FFN of size 0 and ranks"),
+        (lambda record: record["blocks"][WHOLE]["ffn"].update(ranks=[3]), r"mlp FFN .* and ranks \[3\] does not fit"),
+        (lambda record: record["blocks"][0].update(ffn="mlp"), "block 0: .* records no structure"),
         (lambda record: record["blocks"][0].pop("ffn"), "block 0: .* records no structure"),
         (lambda record: record["blocks"].__setitem__(0, 7), "block 0: 7 records no structure"),
         (lambda record: record.update(schema_version=99), "schema_version 99"),

@@ -38,6 +38,19 @@ def subsets(limit):
     return (some | one | st.just(set()) | st.just(set(range(limit)))).map(lambda s: tuple(sorted(s)))
 
 
+@st.composite
+def of_another_kind(draw, block):
+    """Linear, or neurons with factored projections or a bypass."""
+    width, kind = block.ffn_shape.size, draw(st.sampled_from(["linear", "factored", "bypass"]))
+    if kind == "linear":
+        return FfnChoice("linear", rank=draw(st.sampled_from([1, 6, 64])))
+    kept = draw(st.sampled_from([tuple(range(0, width, 2)), tuple(range(8, 40)), tuple(range(width - 1))]))
+    if kind == "bypass":
+        return FfnChoice("bypass", kept, rank=draw(st.sampled_from([1, 5])))
+    rank = st.integers(1, min(63, len(kept) - 1))
+    return FfnChoice("factored", kept, ranks=draw(st.tuples(*[rank] * len(block.ffn_projections))))
+
+
 def parity(tower, full, heads, ffn, weights, images):
     """`tower`, already pruned, against the masked `full`."""
     inputs = full.example_inputs(images, seeded(7))
@@ -59,13 +72,13 @@ def test_masked_equals_rewritten_for_any_plan(name, data):
     blocks, width = len(full.blocks), width_of(full)
     heads = HeadPlan((HEADS,) * blocks, data.draw(st.tuples(*[subsets(HEADS)] * blocks), label="heads"))
     choices = [FfnChoice("mlp", kept) for kept in data.draw(st.tuples(*[subsets(width)] * blocks), label="neurons")]
-    linear = data.draw(st.integers(-1, blocks - 1), label="linear block")
-    if linear >= 0:
-        choices[linear] = FfnChoice("linear", rank=data.draw(st.sampled_from([1, 6, 64]), label="rank"))
-    ffn = FfnPlan((width,) * blocks, tuple(choices))
+    other = data.draw(st.integers(-1, blocks - 1), label="block of another kind")
+    if other >= 0:
+        choices[other] = data.draw(of_another_kind(full.blocks[other]), label="choice")
+    ffn = FfnPlan.for_blocks(full.blocks, choices)
     weights = refitted(full, heads, ffn, seeded(data.draw(st.integers(0, 1000), label="seed")))
     if not data.draw(st.booleans(), label="refitted"):
-        weights = {key: value for key, value in weights.items() if int(key.split(".")[0]) == linear and "ffn" in key}
+        weights = {key: value for key, value in weights.items() if int(key.split(".")[0]) == other and "ffn" in key}
     prune(small, heads, ffn, weights)
     result = parity(small, full, heads, ffn, weights, data.draw(st.sampled_from([1, 2]), label="images"))
     assert result.passed, result
@@ -76,7 +89,7 @@ def test_masked_equals_rewritten_for_any_plan(name, data):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_hugging_face_forward_of_a_pruned_model_equals_its_tower(name):
     """What evaluates the model through its own class sees the same features: the class's code runs on what is left."""
-    tower = tower_of(build(name, blocks=6))
+    tower = tower_of(build(name, blocks=8))
     heads, ffn = head_plan(tower), ffn_plan(tower)
     prune(tower, heads, ffn, refitted(tower, heads, ffn, seeded()))
     inputs = tower.example_inputs(3, seeded())
@@ -182,6 +195,28 @@ def test_comparison_notices_a_wrongly_sliced_neuron(name, fault):
     assert not parity(small, full, heads, ffn, weights, 1).passed
 
 
+@pytest.mark.parametrize("role", ["ffn_in", "ffn_in_factor", "ffn_gate", "ffn_out", "ffn_out_factor", "ffn_bypass"])
+@pytest.mark.parametrize("name", ["llava", "qwen2.5-vl"])
+def test_comparison_notices_a_wrong_factor_or_bypass(name, role):
+    full, small = fresh(name), fresh(name)
+    blocks, width = len(full.blocks), width_of(full)
+    projections = len(full.blocks[0].ffn_projections)
+    if role == "ffn_gate" and projections == 2:
+        pytest.skip("this family has no gate")
+    half = tuple(range(0, width, 2))
+    first = FfnChoice("factored", half, ranks=(8,) * projections)
+    if role == "ffn_bypass":
+        first = FfnChoice("bypass", half, rank=8)
+    heads = HeadPlan.full([HEADS] * blocks)
+    ffn = FfnPlan.for_blocks(full.blocks, [first, *[FfnChoice("mlp", tuple(range(width)))] * (blocks - 1)])
+    weights = refitted(full, heads, ffn, seeded())
+    weights = {key: value for key, value in weights.items() if key.startswith("0.ffn")}
+    apply_ffn(small, ffn, weights)
+    with torch.no_grad():
+        small.blocks[0].ffn_projections[role].weight[:, 1] *= 1.5
+    assert not parity(small, full, heads, ffn, weights, 1).passed
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_comparison_notices_a_constant_without_its_bias(name):
     """A block whose attention is gone still adds the projection's bias."""
@@ -214,3 +249,10 @@ def test_weights_of_the_wrong_shape_are_refused(name):
     plan = HeadPlan.full([HEADS] * len(tower.blocks))
     with pytest.raises(InfopruneError, match="needs"):
         apply_heads(tower, plan, {"0.attention_out.weight": torch.zeros(3, 3)})
+
+
+def test_weights_for_a_part_that_is_not_there_are_refused():
+    tower = fresh("llava")
+    plan = FfnPlan.full([width_of(tower)] * len(tower.blocks))
+    with pytest.raises(InfopruneError, match=r"0\.ffn_bypass\.weight is for a part that an FFN of kind mlp has not"):
+        apply_ffn(tower, plan, {"0.ffn_bypass.weight": torch.zeros(3, 64)})
