@@ -22,11 +22,16 @@ from infoprune_export.data import testbed
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-STAGES = "data baseline decoder gates heads ffn checkpoint accuracy onnx engine validation".split()
+STAGES = (
+    "data baseline decoder gates budget heads ffn recovery language checkpoint accuracy onnx engine validation".split()
+)
 SMALL = (
     "data.calibration_images=16",
     "data.validation_questions=24",
+    "heads.method=budgeted",
     "heads.epochs=3",
+    "recovery.method=distill",
+    "recovery.epochs=2",
     "bench.rounds=3",
     "bench.warmup=0",
     "variants={}",
@@ -40,6 +45,7 @@ KILLS = (
     ("gates", EPOCH_STATE),
     ("heads", ".heads.partial"),
     ("ffn", ".ffn.partial"),
+    ("recovery", ".recovery.partial/training.safetensors"),
     ("checkpoint", ".checkpoint.partial/*"),
     ("accuracy", ".accuracy.partial"),
     ("onnx", ".onnx.partial/original"),

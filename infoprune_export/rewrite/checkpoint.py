@@ -1,8 +1,9 @@
 """Pruned checkpoints that ``from_pretrained`` gives back exactly, or refuses.
 
 The pruned model stays an instance of its Hugging Face class. Its ``config.json`` records the tower's structure, and the
-language model's where that is pruned too, in ``quantization_config`` with ``quant_method: infoprune``; importing `infoprune_export` registers that method, and
-transformers then calls `_PrunedStructure` after building the skeleton and before reading weights:
+language model's where that is pruned too, in ``quantization_config`` with ``quant_method: infoprune``; importing
+`infoprune_export` registers that method, and transformers then calls `_PrunedStructure` after building the skeleton
+and before reading weights:
 
 1. The skeleton, still on the meta device, gets the recorded heads and FFN shapes.
 2. The ordinary loader fills it from safetensors, one file or shards.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from infoprune_export.heads.train import Trained
-    from infoprune_export.models.vlm import VLM
+    from infoprune_export.models.vlm import VLM, Decoding
     from infoprune_export.recipe import TokensSpec
     from infoprune_export.validate.accuracy import Encode
 
@@ -271,35 +271,45 @@ def make_checkpoint(run: Run, folder: Path) -> None:
 
 
 def make_accuracy(run: Run, folder: Path) -> None:
-    """Answers after each compression step, still in PyTorch."""
+    """Answers after each compression step, still in PyTorch; a step that does nothing answers as the one before it."""
     from infoprune_export.models.vlm import writable_copy
     from infoprune_export.rewrite.surgery import apply_heads
+
+    recipe = run.recipe
+    pruned = open_checkpoint(run, run.device)
+    language, recovery = recipe.language.method != "none", recipe.recovery.method != "none"
+    by_plans = compressed_tower(run, recovered=False) if language or recovery else pruned
+    last = read_json(run.folder_of("baseline") / "answers.json")
+    answers: dict[str, Any] = {}
+    if recipe.heads.method != "none":
+        heads, weights, _, _ = read_plans(run)
+        only_heads = writable_copy(run.original)
+        apply_heads(only_heads.tower, heads, weights)
+        last = _ask(run, "heads", only_heads)
+    answers["heads"] = last
+    if recipe.ffn.method != "none":
+        last = _ask(run, "ffn", by_plans)
+    answers["ffn"] = last
+    if recovery:
+        last = answers["recovery"] = _ask(run, "recovery", compressed_tower(run) if language else pruned)
+    if language:
+        last = answers["language"] = _ask(run, "language", pruned)
+    if recipe.tokens.method != "none":
+        last = _ask(run, "tokens", pruned, recipe.tokens)
+    answers["tokens"] = last
+    if (decoder := read_decoder(run, pruned)) is not None:
+        answers["decoder"] = _ask(run, "decoder", pruned, recipe.tokens, decoder)
+    (folder / "answers.json").write_text(canonical_json(answers), encoding="utf-8")
+
+
+def _ask(
+    run: Run, step: str, vlm: VLM, tokens: TokensSpec | None = None, decoder: Decoding | None = None
+) -> list[list[str]]:
     from infoprune_export.validate.accuracy import collect_answers
 
     samples = run.split.validation
-    heads, head_weights, _, _ = read_plans(run)
-    only_heads = writable_copy(run.original)
-    apply_heads(only_heads.tower, heads, head_weights)
-    pruned = open_checkpoint(run, run.device)
-    language = run.recipe.language.method != "none"
-    recovery = run.recipe.recovery.method != "none"
-    by_plans = compressed_tower(run, recovered=False) if language or recovery else pruned
-    steps = 3 + recovery + language + (run.recipe.decoder.method != "none")
-    advance = run.track("compressed model answers", steps * len(samples))
-    answers = {
-        "heads": collect_answers(only_heads, samples, _encoder_of(only_heads, None), on_batch=advance),
-        "ffn": collect_answers(by_plans, samples, _encoder_of(by_plans, None), on_batch=advance),
-    }
-    if recovery:
-        recovered = compressed_tower(run) if language else pruned
-        answers["recovery"] = collect_answers(recovered, samples, _encoder_of(recovered, None), on_batch=advance)
-    if language:
-        answers["language"] = collect_answers(pruned, samples, _encoder_of(pruned, None), on_batch=advance)
-    see = _encoder_of(pruned, run.recipe.tokens)
-    answers["tokens"] = collect_answers(pruned, samples, see, on_batch=advance)
-    if (decoder := read_decoder(run, pruned)) is not None:
-        answers["decoder"] = collect_answers(pruned, samples, see, on_batch=advance, decoder=decoder)
-    (folder / "answers.json").write_text(canonical_json(answers), encoding="utf-8")
+    advance = run.track(f"answers behind {step}", len(samples))
+    return collect_answers(vlm, samples, _encoder_of(vlm, tokens), on_batch=advance, decoder=decoder)
 
 
 def _encoder_of(vlm: VLM, tokens: TokensSpec | None) -> Encode:

@@ -7,7 +7,7 @@ All of them, and the original, are then timed in one interleaved ONNX Runtime ru
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal

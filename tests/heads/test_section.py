@@ -38,7 +38,10 @@ def test_what_is_named_is_kept():
         ({"method": "hard_concrete", "choose": "threshold"}, "hard_concrete has none to compare; use budget"),
         ({"method": "activation", "survivors": "gate"}, "survivors = 'gate' needs trained gates, activation has none"),
         ({"method": "hard_concrete", "task_weight": 0.0}, "leaves hard_concrete nothing to tell heads apart by"),
-        ({"method": "budgeted", "task_weight": 0.0, "alpha": 0.0, "beta": 0.0, "gamma": 0.0}, "no term of the objective has a gradient"),
+        (
+            {"method": "budgeted", "task_weight": 0.0, "alpha": 0.0, "beta": 0.0, "gamma": 0.0},
+            "no term of the objective",
+        ),
         ({"method": "paper", "task_weight": 0.0, "alpha": 0.0, "beta": 0.0}, "no term of the objective has a gradient"),
         ({"task_weight": -1.0}, "heads.task_weight = -1.0"),
         ({"processes": 0}, "heads.processes = 0"),

@@ -69,8 +69,8 @@ def test_refits_equal_least_squares_on_everything_at_once(trained_vlm, scene_spl
             hidden = inputs_at(pruned, samples, i, site) if projection.in_features else got[..., :0]
             fit.update(hidden.flatten(0, -2), (wanted - got).flatten(0, -2))
             change_w, change_b = fit.solve(RIDGE)
-            torch.testing.assert_close(weight, (projection.weight + change_w).float(), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(bias, (projection.bias + change_b).float(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(weight, (projection.weight + change_w).float(), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(bias, (projection.bias + change_b).float(), rtol=1e-3, atol=1e-4)
             (after.set_attention_out if site == "attention" else after.set_ffn_out)(weight, bias)
         streams.advance(before, after)
 
@@ -82,7 +82,7 @@ def test_streams_move_with_what_was_replaced_after_a_look(trained_vlm, scene_spl
     pruned = writable_copy(trained_vlm)
     streams = Streams(trained_vlm, samples, batch_size=2)
     before, after = trained_vlm.tower.blocks[0], pruned.tower.blocks[0]
-    seen = [pair for pair in streams.around_ffn(before, after)]
+    seen = list(streams.around_ffn(before, after))
     assert sum(len(middle) for middle, _ in seen) == 3
     after.keep_neurons(range(64))
     streams.advance(before, after)

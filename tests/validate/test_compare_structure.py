@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -63,7 +64,7 @@ def test_differences_are_paired_and_reference_has_none_to_itself(rows):
 
 def test_rows_are_plain_json_and_the_table_shows_all_of_them(rows):
     assert json.loads(canonical_json(rows)) == rows
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(render(rows))
     text = console.export_text()
     for row in rows:
