@@ -788,3 +788,13 @@ def test_any_text_loads_or_is_refused(write, text):
 @example({"variants": {"odd": {"seed": 2**70}}})
 def test_any_tree_loads_or_is_refused(write, tree):
     loads_or_is_refused(write({**copy.deepcopy(SMALLEST), **tree}))
+
+
+def test_a_joint_budget_takes_the_criterion_that_knows_damages():
+    plain = load_recipe("quickstart")
+    assert plain.heads.method == "michel"
+    assert load_recipe("quickstart", ["budget.by=flops"]).heads.method == "obs"
+    with pytest.raises(InfopruneError, match=r"heads\.method obs knows, not michel; use obs"):
+        load_recipe("quickstart", ["budget.by=flops", "heads.method=michel"])
+    with pytest.raises(InfopruneError, match=r"ffn\.method obs knows, not random"):
+        load_recipe("quickstart", ["budget.by=latency", "ffn.method=random"])

@@ -79,6 +79,16 @@ class Recipe(Spec):
     bench: BenchSpec = BenchSpec()
     variants: dict[Name, dict[str, Any]] = Field(default_factory=dict)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _method_under_budget(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        budget, heads = tree.get("budget"), tree.get("heads", {})
+        if isinstance(budget, dict) and budget.get("by", "none") != "none" and isinstance(heads, dict):
+            return {**tree, "heads": {"method": "obs", **heads}}
+        return tree
+
     @model_validator(mode="after")
     def _one_budget(self) -> Recipe:
         for section, method in (("heads", self.heads.method), ("ffn", self.ffn.method)):

@@ -38,7 +38,9 @@ from infoprune_export.validate.flops import count_flops
 Track = Callable[[str, int], Callable[[int], None]]
 """A progress line's title and total to the function that advances it."""
 Part = Literal["heads", "ffn"]
-REFERENCE, UNPRUNED, DRAWN = "obs", "none", "random"
+REFERENCE: dict[str, str] = {"heads": "michel", "ffn": "obs"}
+"""The default of each part."""
+UNPRUNED, DRAWN = "none", "random"
 HEAD_METHODS = tuple(name for name in get_args(HeadsSpec.model_fields["method"].annotation) if name != UNPRUNED)
 FFN_METHODS = tuple(METHODS)
 THRESHOLDS = (0.45, 0.5, 0.55)
@@ -105,14 +107,14 @@ def compare(
 ) -> list[dict[str, Any]]:
     """`compare_structure` of a model and data that are there; the validation images are used.
 
-    ``obs`` comes first for every share asked for. A row holds
+    The default (``michel`` for heads, ``obs`` for FFNs) comes first for every share asked for. A row holds
 
     - ``part`` (``heads``, ``ffn``; ``none`` for the unpruned model), ``method`` and ``setting``: what was asked for, as
       text. Gates of ``paper`` are cut at thresholds around its own, not at shares, and its SVD and ``taylor`` follow
       the recipe's ``ffn.rank_by``;
     - ``left``: the share of heads, or of FFN multiply-accumulates, that is really left; ``flops``: that of the tower's
       FLOPs, counted on the rewritten model, one image, no token selection;
-    - ``accuracy``, and its paired differences ``to_unpruned`` and ``to_obs`` (same part and share): `Estimate`, in
+    - ``accuracy``, and its paired differences ``to_unpruned`` and ``to_default`` (same part and share): `Estimate`, in
       percent, standard errors clustered by image. Where no answers are known, agreement with the unpruned model;
     - ``seconds``: for scores or gates, choice and refit;
     - ``refused``: None, or why this model cannot be served, and then nothing else.
@@ -139,7 +141,7 @@ def compare(
     whole = _flops(vlm, split)
     rows: list[dict[str, Any]] = [
         {"part": UNPRUNED, "method": UNPRUNED, "setting": "", "left": 1.0, "flops": 1.0, "refused": None}
-        | {"accuracy": estimate(samples, unpruned).to_dict(), "to_unpruned": None, "to_obs": None, "seconds": 0.0}
+        | {"accuracy": estimate(samples, unpruned).to_dict(), "to_unpruned": None, "to_default": None, "seconds": 0.0}
     ]
     reference: dict[tuple[Part, str], NDArray[np.float64]] = {}
     scored: dict[tuple[object, ...], tuple[dict[str, Tensor], float]] = {}
@@ -156,7 +158,7 @@ def compare(
         seconds = (time.perf_counter() - started) / len(made) + made[0][2]
         scores = scores_of((tower for tower, *_ in made), title)
         reference.setdefault((asked.part, asked.setting), scores)
-        beside = reference[asked.part, asked.setting] if asked.method != REFERENCE else None
+        beside = reference[asked.part, asked.setting] if asked.method != REFERENCE[asked.part] else None
         rows.append(
             row
             | {
@@ -164,13 +166,13 @@ def compare(
                 "flops": float(np.mean([_flops(tower, split) for tower, *_ in made])) / whole,
                 "accuracy": estimate(samples, scores).to_dict(),
                 "to_unpruned": estimate(samples, scores - unpruned).to_dict(),
-                "to_obs": estimate(samples, scores - beside).to_dict() if beside is not None else None,
+                "to_default": estimate(samples, scores - beside).to_dict() if beside is not None else None,
                 "seconds": seconds,
                 "refused": None,
             }
         )
         if asked.method == "paper" and asked.part == "heads":
-            rows[-1]["to_obs"] = None  # another number of heads
+            rows[-1]["to_default"] = None  # another number of heads
     return rows
 
 
@@ -261,7 +263,7 @@ def _checked(
     for part, names, known in (("heads", heads, HEAD_METHODS), ("ffn", ffn, FFN_METHODS)):
         if unknown := [name for name in names if name not in known]:
             raise InfopruneError(f"{part} method {unknown[0]!r}: there are {', '.join(known)}")
-        chosen.append(list(dict.fromkeys([REFERENCE, *names])) if names else [])
+        chosen.append(list(dict.fromkeys([REFERENCE[part], *names])) if names else [])
     for what, shares, fits in (
         ("removed heads", removed, lambda share: 0 <= share < 1),
         ("kept FFN", kept, lambda share: 0 < share <= 1),
@@ -278,7 +280,7 @@ def _checked(
 
 def render(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The table of `compare`'s rows."""
-    table = Table("part", "method", "asked", "left", "tower FLOPs", "accuracy", "to original", "to obs", "seconds")
+    table = Table("part", "method", "asked", "left", "tower FLOPs", "accuracy", "to original", "to default", "seconds")
     for previous, row in zip([None, *rows], rows, strict=False):
         if previous is not None and (previous["part"], previous["setting"]) != (row["part"], row["setting"]):
             table.add_section()
@@ -292,7 +294,7 @@ def render(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['left']:.0%}",
             f"{row['flops']:.0%}",
             f"{row['accuracy']['percent']:.1f}",
-            *(_difference(row[name]) for name in ("to_unpruned", "to_obs")),
+            *(_difference(row[name]) for name in ("to_unpruned", "to_default")),
             f"{row['seconds']:.0f}" if row["seconds"] else "",
         )
     return table

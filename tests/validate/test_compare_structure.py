@@ -14,6 +14,7 @@ from infoprune_export.errors import InfopruneError
 from infoprune_export.recipe import load_recipe
 from infoprune_export.validate.compare_structure import THRESHOLDS, compare, render
 
+DEFAULTS = (("heads", "michel"), ("ffn", "obs"))
 QUIET = lambda title, total: lambda count: None  # noqa: E731
 
 
@@ -28,7 +29,7 @@ def test_rows_are_the_original_then_every_method_at_every_share(rows):
     asked = [(row["part"], row["method"], row["setting"]) for row in rows]
     assert asked == [
         ("none", "none", ""),
-        *[("heads", name, f"{share} removed") for share in ("0.25", "0.5") for name in ("obs", "random")],
+        *[("heads", name, f"{share} removed") for share in ("0.25", "0.5") for name in ("michel", "random")],
         *[("heads", "paper", f"z = {threshold:g}") for threshold in THRESHOLDS],
         *[("ffn", name, "0.5 kept") for name in ("obs", "random", "rrr")],
     ]
@@ -36,12 +37,12 @@ def test_rows_are_the_original_then_every_method_at_every_share(rows):
 
 def test_what_is_left_is_counted_and_not_what_was_asked(rows):
     by_name = {(row["part"], row["method"], row["setting"]): row for row in rows}
-    assert by_name["heads", "obs", "0.25 removed"]["left"] == 0.75
+    assert by_name["heads", "michel", "0.25 removed"]["left"] == 0.75
     assert by_name["heads", "random", "0.5 removed"]["left"] == 0.5
     assert by_name["ffn", "rrr", "0.5 kept"]["left"] == pytest.approx(0.25)  # a rank above D is none
     # 8 heads of 16: 4 d^2 of the attention's products in each of five blocks, beside 8 d^2 of the FFN.
-    half = by_name["heads", "obs", "0.5 removed"]["flops"]
-    assert 0.75 < half < by_name["heads", "obs", "0.25 removed"]["flops"] < 1.0
+    half = by_name["heads", "michel", "0.5 removed"]["flops"]
+    assert 0.75 < half < by_name["heads", "michel", "0.25 removed"]["flops"] < 1.0
     # After one epoch no gate has come down from sigmoid(3).
     assert all(by_name["heads", "paper", f"z = {z:g}"]["left"] == 1.0 for z in THRESHOLDS)
 
@@ -50,14 +51,17 @@ def test_differences_are_paired_and_reference_has_none_to_itself(rows):
     original = rows[0]["accuracy"]["percent"]
     for row in rows[1:]:
         assert row["to_unpruned"]["percent"] == pytest.approx(row["accuracy"]["percent"] - original)
-        if row["method"] in ("obs", "paper"):
+        if (row["part"], row["method"]) in DEFAULTS or row["method"] == "paper":
             continue
         reference = next(
-            r for r in rows if (r["part"], r["method"], r["setting"]) == (row["part"], "obs", row["setting"])
+            r
+            for r in rows
+            if (r["part"], r["method"], r["setting"]) == (row["part"], dict(DEFAULTS)[row["part"]], row["setting"])
         )
         gap = row["accuracy"]["percent"] - reference["accuracy"]["percent"]
-        assert row["to_obs"]["percent"] == pytest.approx(gap)
-    assert all(row["to_obs"] is None for row in rows if row["method"] in ("none", "obs", "paper"))
+        assert row["to_default"]["percent"] == pytest.approx(gap)
+    assert all(row["to_default"] is None for row in rows if row["method"] in ("none", "paper"))
+    assert all(row["to_default"] is None for row in rows if (row["part"], row["method"]) in DEFAULTS)
     kept = [row for row in rows if row["left"] == 1.0]
     assert all(row["to_unpruned"] is None or row["to_unpruned"]["percent"] == 0 for row in kept)
 
