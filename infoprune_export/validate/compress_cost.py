@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 TOWER, SIDE = "qwen2-vl-7b", 224
 
 
-def compress_cost(images: int = 64, blocks: int | None = None) -> list[dict[str, Any]]:
-    """Rows of Qwen2-VL-7B's tower, in a process of its own; `blocks` of 32 for a quick look.
+def compress_cost(images: int = 64, blocks: int | None = None, name: str = TOWER) -> list[dict[str, Any]]:
+    """Rows of a Qwen tower of the zoo, in a process of its own; fewer than its `blocks` for a quick look.
 
     ``ffn``: half of the FFN multiply-accumulates by ``obs``, refitted, on `images` random images of 224 x 224 pixels
     (256 patches) without labels; ``peak_bytes`` is the largest resident size the process ever had, libraries, the model
@@ -34,19 +34,21 @@ def compress_cost(images: int = 64, blocks: int | None = None) -> list[dict[str,
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_measure, images, blocks).result()
+        return pool.submit(measure, images, blocks, name).result()
 
 
-def _measure(images: int, blocks: int | None) -> list[dict[str, Any]]:
+def measure(images: int, blocks: int | None, name: str) -> list[dict[str, Any]]:
+    """`compress_cost` in this process."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     from infoprune_export.models import tower_of
     from infoprune_export.models.vlm import VLM
     from infoprune_export.models.zoo import random_model
 
-    model = random_model(TOWER, blocks)
+    model = random_model(name, blocks)
     # Nothing is asked here, so the tokenizer's half of a processor is not needed.
-    processor: Any = SimpleNamespace(image_processor=Qwen2VLImageProcessorPil())
+    patch = model.config.vision_config.patch_size
+    processor: Any = SimpleNamespace(image_processor=Qwen2VLImageProcessorPil(patch_size=patch))
     vlm = VLM(model, processor, tower_of(model))
     with tempfile.TemporaryDirectory() as folder:
         samples = _noise_images(Path(folder), max(images, 32))

@@ -267,7 +267,7 @@ def draw(result: Mapping[str, Any]) -> str:
         axes.errorbar(x, y, yerr=error, xerr=sides, color=colour, marker="o", ms=4, lw=1.4, capsize=2, label=part)
     axes.axhline(0, color="#999", lw=0.8, ls=":")
     axes.set(
-        xlabel=f"speed-up in ONNX Runtime, {result['images']} images a call", ylabel="accuracy, points to original"
+        xlabel=f"speed-up in ONNX Runtime, {result['images']} image(s) a call", ylabel="accuracy, points to original"
     )
     axes.legend(frameon=False, loc="lower left")
     tidy(axes)
