@@ -10,7 +10,7 @@ quickstart: $(STAMP)
 	$(BIN)/infoprune-export run quickstart
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -463,18 +463,18 @@ def _full_for_tensors(*_: Any, **__: Any) -> None:
     [
         ("pathlib.Path.write_text", _full),
         ("PIL.Image.Image.save", _full),
-        ("infoprune_export.heads.train.save_file", _full_for_tensors),
+        ("infoprune_export.training.state.save_file", _full_for_tensors),
     ],
 )
 def test_a_full_disk_leaves_no_half_stage(place, monkeypatch, broken, by):
     monkeypatch.setattr(broken, by)
-    result = invoke("train-gates", "quickstart", "-o", "out", *settings(*SMALL))
+    result = invoke("train-gates", "quickstart", "-o", "out", *settings(*SMALL, "heads.method=budgeted"))
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.exit_code == 2, repr(result.exception)
     assert len(errors) == 1
     assert "the disk is full" in errors[0]
     assert result.stderr.rstrip("\n").splitlines()[-1] == errors[0]
-    if broken == "infoprune_export.heads.train.save_file":
+    if broken == "infoprune_export.training.state.save_file":
         # The finished data stage stays; what was being made does not take a stage's name.
         assert [name for name in entries(place) if name.count("/") == 1 and "/." not in name] == [
             "out/data",

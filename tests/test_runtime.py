@@ -92,8 +92,8 @@ def either(request) -> Opened:
 
 
 def asked(run: Opened) -> tuple[list[list[Path]], list[str]]:
-    """The questions of three validation images, each with its image."""
-    samples = dataset.read(run.model.recipe.data, run.folder / "data").validation[:3]
+    """The questions of some validation images, each with its image."""
+    samples = dataset.read(run.model.recipe.data, run.folder / "data").validation
     pairs = [([sample.image], question.text) for sample in samples for question in sample.questions]
     return [image for image, _ in pairs], [question for _, question in pairs]
 

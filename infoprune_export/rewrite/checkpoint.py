@@ -24,9 +24,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from infoprune_export.errors import InfopruneError
-from infoprune_export.language.record import language_record, shape_language_like
 from infoprune_export.models import tower_of
-from infoprune_export.models.language import language_layers
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -113,6 +111,8 @@ def _fits(block: Block, kind: Any, size: Any, ranks: Any) -> bool:
 
 def save(model: PreTrainedModel, processor: ProcessorMixin, tower: VisionTower, folder: Path) -> None:
     """Write an ordinary checkpoint: safetensors, configuration with the structure record, processor."""
+    from infoprune_export.language.record import language_record
+
     language = language_record(model)
     model.config.quantization_config = InfopruneConfig(
         blocks=structure_of(tower), language=language, schema_version=1 if language is None else SCHEMA_VERSION
@@ -158,6 +158,10 @@ class _PrunedStructure(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         shape_like(tower_of(model), self.quantization_config.blocks)
         if self.quantization_config.language is not None:
+            # Here, because importing this module must stay as light as importing the transformers it hooks into.
+            from infoprune_export.language.record import shape_language_like
+            from infoprune_export.models.language import language_layers
+
             shape_language_like(language_layers(model), self.quantization_config.language)
         self._wanted = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
         # The loader tells these methods of the instance what it could not find, and otherwise only warns: the first

@@ -35,7 +35,7 @@ def pruned(tmp_path, trained_vlm):
             "device": "cpu",
             "model": {"name_or_path": "testbed/tiny-llava"},
             "data": {"calibration_images": 8, "validation_questions": 4},
-            "heads": {"epochs": 1, "batch_size": 4, "rounds": 2, **heads},
+            "heads": {"method": "budgeted", "epochs": 1, "batch_size": 4, "rounds": 2, **heads},
             "refit": {"enabled": refit},
         }
         said = io.StringIO()
