@@ -792,7 +792,7 @@ def test_any_tree_loads_or_is_refused(write, tree):
 
 def test_a_joint_budget_takes_the_criterion_that_knows_damages():
     plain = load_recipe("quickstart")
-    assert plain.heads.method == "michel"
+    assert plain.heads.method == "budgeted"
     assert load_recipe("quickstart", ["budget.by=flops"]).heads.method == "obs"
     with pytest.raises(InfopruneError, match=r"heads\.method obs knows, not michel; use obs"):
         load_recipe("quickstart", ["budget.by=flops", "heads.method=michel"])

@@ -38,7 +38,7 @@ from infoprune_export.validate.flops import count_flops
 Track = Callable[[str, int], Callable[[int], None]]
 """A progress line's title and total to the function that advances it."""
 Part = Literal["heads", "ffn"]
-REFERENCE: dict[str, str] = {"heads": "michel", "ffn": "obs"}
+REFERENCE: dict[str, str] = {"heads": "budgeted", "ffn": "obs"}
 """The default of each part."""
 UNPRUNED, DRAWN = "none", "random"
 HEAD_METHODS = tuple(name for name in get_args(HeadsSpec.model_fields["method"].annotation) if name != UNPRUNED)
@@ -107,7 +107,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """`compare_structure` of a model and data that are there; the validation images are used.
 
-    The default (``michel`` for heads, ``obs`` for FFNs) comes first for every share asked for. A row holds
+    The default (``budgeted`` for heads, ``obs`` for FFNs) comes first for every share asked for. A row holds
 
     - ``part`` (``heads``, ``ffn``; ``none`` for the unpruned model), ``method`` and ``setting``: what was asked for, as
       text. Gates of ``paper`` are cut at thresholds around its own, not at shares, and its SVD and ``taylor`` follow

@@ -14,7 +14,7 @@ from infoprune_export.errors import InfopruneError
 from infoprune_export.recipe import load_recipe
 from infoprune_export.validate.compare_structure import THRESHOLDS, compare, render
 
-DEFAULTS = (("heads", "michel"), ("ffn", "obs"))
+DEFAULTS = (("heads", "budgeted"), ("ffn", "obs"))
 QUIET = lambda title, total: lambda count: None  # noqa: E731
 
 
@@ -29,7 +29,7 @@ def test_rows_are_the_original_then_every_method_at_every_share(rows):
     asked = [(row["part"], row["method"], row["setting"]) for row in rows]
     assert asked == [
         ("none", "none", ""),
-        *[("heads", name, f"{share} removed") for share in ("0.25", "0.5") for name in ("michel", "random")],
+        *[("heads", name, f"{share} removed") for share in ("0.25", "0.5") for name in ("budgeted", "random")],
         *[("heads", "paper", f"z = {threshold:g}") for threshold in THRESHOLDS],
         *[("ffn", name, "0.5 kept") for name in ("obs", "random", "rrr")],
     ]
@@ -37,12 +37,12 @@ def test_rows_are_the_original_then_every_method_at_every_share(rows):
 
 def test_what_is_left_is_counted_and_not_what_was_asked(rows):
     by_name = {(row["part"], row["method"], row["setting"]): row for row in rows}
-    assert by_name["heads", "michel", "0.25 removed"]["left"] == 0.75
+    assert by_name["heads", "budgeted", "0.25 removed"]["left"] == 0.75
     assert by_name["heads", "random", "0.5 removed"]["left"] == 0.5
     assert by_name["ffn", "rrr", "0.5 kept"]["left"] == pytest.approx(0.25)  # a rank above D is none
     # 8 heads of 16: 4 d^2 of the attention's products in each of five blocks, beside 8 d^2 of the FFN.
-    half = by_name["heads", "michel", "0.5 removed"]["flops"]
-    assert 0.75 < half < by_name["heads", "michel", "0.25 removed"]["flops"] < 1.0
+    half = by_name["heads", "budgeted", "0.5 removed"]["flops"]
+    assert 0.75 < half < by_name["heads", "budgeted", "0.25 removed"]["flops"] < 1.0
     # After one epoch no gate has come down from sigmoid(3).
     assert all(by_name["heads", "paper", f"z = {z:g}"]["left"] == 1.0 for z in THRESHOLDS)
 
