@@ -70,6 +70,7 @@ PACKAGES = (
     Package("hatchling", "1.25", extra="dev"),
     Package("pytest", "8.0", extra="dev"),
     Package("pytest-cov", "5.0", extra="dev"),
+    Package("pytest-xdist", "3.6", extra="dev"),
     Package("hypothesis", "6.100", extra="dev"),
     Package("ruff", "0.9", extra="dev"),
     Package("mypy", "1.15", extra="dev"),

@@ -35,7 +35,7 @@ def drawn(tmp_path_factory) -> Path:
 
 
 def recipe_of(**heads: object) -> Recipe:
-    return Recipe(**{**TINY, "heads": HeadsSpec(method="budgeted", processes=2, **heads)})
+    return Recipe(**{**TINY, "heads": HeadsSpec(**{"method": "budgeted", "processes": 2, **heads})})
 
 
 def train_here(recipe: Recipe, drawn: Path, scratch: Path, seen: list[Progress]) -> Trained:
