@@ -24,7 +24,7 @@ def real_size(only: str | None, rounds: int, file: Path | None) -> None:
     Export: wall time, peak memory and file size. Speed: 69% of heads removed, half of the FFN neurons, both, and both
     in INT8, against the dense tower in one interleaved run on one CPU thread. Select: this package's operator against
     Algorithm 1 as it is printed, Gram-Schmidt and pivoted QR. Compress: half of Qwen2-VL-7B's FFN by the default method
-    on 64 images, and the spectral terms of gate training; about 15 minutes. Needs 12 GiB of memory.
+    on 64 images, and the spectral terms of gate training; takes long. Needs 12 GiB of memory.
 
     \b
     Example:
