@@ -13,7 +13,7 @@ from infoprune_export.pipeline import Run, execute
 from infoprune_export.recipe import ModelSpec, load_recipe
 from infoprune_export.stages import STAGES
 
-STAGE_2 = ("decoder.method=infoprune", "decoder.keep_ratio=1/12")
+STAGE_2 = ("decoder.method=infoprune", "decoder.keep_ratio=1/60")
 
 
 def small(folder: Path) -> list[str]:
