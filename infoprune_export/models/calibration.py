@@ -36,16 +36,21 @@ def inputs_of(vlm: VLM, samples: Sequence[Sample]) -> dict[str, Tensor]:
     return preprocess(vlm, [open_image(sample.image) for sample in samples])
 
 
-_KEPT_BYTES = 2**30
-"""What a backward pass may keep of all blocks."""
+_KEPT_BYTES = 2**31
+"""What a pass may keep of the blocks it is in at once."""
 
 
-def images_per_pass(vlm: VLM, samples: Sequence[Sample], most: int = 32) -> int:
-    """As many images as a backward pass over the tower can take in about 1 GiB, by the first one's size; at least 1."""
+def images_per_pass(
+    vlm: VLM, samples: Sequence[Sample], blocks: Sequence[Block] | None = None, *, most: int = 32
+) -> int:
+    """As many images as fit into about 2 GiB, by the first one's size; at least 1.
+
+    A backward pass keeps what all blocks computed, which is the default; `blocks` are given where only theirs is kept.
+    """
     with torch.no_grad():
         stream, _ = vlm.tower.embed(vlm.tower.plan(inputs_of(vlm, samples[:1]), Form()))
     # Norms, queries, keys, values, heads and two residual sums; the neurons before, behind and beside the activation.
-    width = sum(10 * stream.shape[-1] + 3 * block.ffn_shape.size for block in vlm.tower.blocks)
+    width = sum(10 * stream.shape[-1] + 3 * block.ffn_shape.size for block in blocks or vlm.tower.blocks)
     return max(1, min(most, _KEPT_BYTES // (stream[..., 0].numel() * width * stream.element_size())))
 
 

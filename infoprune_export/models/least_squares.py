@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_STRIPE = 1280
+
 
 class AffineFit:
     """Least squares of Y [n, q] on X [n, p], from rows that come in batches.
 
     Products are taken in the rows' own dtype, fp32 at least, and less the first batch's mean, which keeps what is small
-    beside a large mean exact enough; sums are kept in `dtype` on the rows' device.
+    beside a large mean exact enough; sums are kept in `dtype` on the rows' device. Of X^T X stripes of rows are kept
+    from their diagonal block to the right: with thousands of inputs this is where time and memory go.
     """
 
     def __init__(self, inputs: int, outputs: int, dtype: torch.dtype = torch.float64) -> None:
@@ -25,14 +28,19 @@ class AffineFit:
         if not self._count:
             inputs, outputs = self._sizes
             self._shift_x, self._shift_y = x.mean(0), y.mean(0)
-            self._xx = torch.zeros(inputs, inputs, dtype=self._dtype, device=x.device)
+            self._xx = [
+                torch.zeros(min(_STRIPE, inputs - start), inputs - start, dtype=self._dtype, device=x.device)
+                for start in range(0, inputs, _STRIPE)
+            ]
             self._xy = torch.zeros(inputs, outputs, dtype=self._dtype, device=x.device)
             self._x = torch.zeros(inputs, dtype=torch.float64, device=x.device)
             self._y = torch.zeros(outputs, dtype=torch.float64, device=x.device)
         x, y = x - self._shift_x, y - self._shift_y
         self._count += len(x)
-        self._xx += x.T @ x
-        self._xy += x.T @ y
+        for number, stripe in enumerate(self._xx):
+            start = number * _STRIPE
+            _add_product(stripe, x[:, start : start + _STRIPE], x[:, start:])
+        _add_product(self._xy, x, y)
         self._x += x.sum(0)
         self._y += y.sum(0)
 
@@ -43,7 +51,13 @@ class AffineFit:
     def covariance(self) -> Tensor:
         """Centred second moment of X, [p, p], in the dtype of the sums."""
         mean = self._x / self._count
-        return (self._xx / self._count).sub_(torch.outer(mean, mean))
+        size = len(mean)
+        whole = torch.empty(size, size, dtype=self._dtype, device=mean.device)
+        for number, stripe in enumerate(self._xx):
+            start, end = number * _STRIPE, number * _STRIPE + len(stripe)
+            whole[start:end, start:] = stripe
+            whole[end:, start:end] = stripe[:, end - start :].T
+        return whole.div_(self._count).sub_(torch.outer(mean, mean))
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
         """Weight [q, p] and bias [q], float64.
@@ -59,3 +73,11 @@ class AffineFit:
         covariance.diagonal().add_((ridge * covariance.diagonal().mean()).clamp_min(1e-30))
         weight = torch.cholesky_solve(cross, torch.linalg.cholesky(covariance)).T
         return weight, mean_y - weight @ mean_x
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left^T right to `total`, in place."""
+    if total.dtype == left.dtype:
+        total.addmm_(left.T, right)
+    else:
+        total += left.T @ right

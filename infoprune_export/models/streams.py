@@ -54,6 +54,8 @@ class _Batch:
     heads: Tensor | None = None
     """Input of the changed block's attention projection."""
     original_end: Tensor | None = None
+    middle: Tensor | None = None
+    """The changed stream in front of the FFN's norm."""
     neurons: Tensor | None = None
     """Input of the changed block's down projection."""
 
@@ -64,7 +66,8 @@ class Streams:
     @torch.no_grad()
     def __init__(self, original: VLM, samples: Sequence[Sample], batch_size: int | None = None) -> None:
         self._device = original.device
-        batch_size = batch_size or images_per_pass(original, samples)
+        # One block is computed at a time, and all of them are alike.
+        batch_size = batch_size or images_per_pass(original, samples, original.tower.blocks[:1])
         self._batches = []
         for batch in batches(samples, batch_size):
             stream, context = original.tower.embed(original.tower.plan(inputs_of(original, batch), Form()))
@@ -95,14 +98,15 @@ class Streams:
     def advance(self, original: Block, changed: Block) -> None:
         """Move both streams behind this block, which may have been refitted or had its FFN replaced meanwhile."""
         for batch in self._batches:
-            end, middle = self._original_end(batch, original, changed), self._middle(batch, changed)
+            end = self._original_end(batch, original, changed)
+            middle = self._middle(batch, changed) if batch.middle is None else batch.middle.to(self._device)
             # What else stands beside the down projection was not kept.
             if batch.neurons is None or changed.ffn_shape.kind == "bypass":
                 changed_end = changed.feed(middle)
             else:
                 changed_end = middle + changed.ffn_out(batch.neurons.to(self._device))
             batch.original, batch.changed = on_disk(end.cpu()), on_disk(changed_end.cpu())
-            batch.original_middle = batch.heads = batch.original_end = batch.neurons = None
+            batch.original_middle = batch.heads = batch.original_end = batch.middle = batch.neurons = None
 
     @torch.no_grad()
     def around_ffn(self, original: Block, changed: Block) -> Iterator[tuple[Tensor, Tensor]]:
@@ -142,5 +146,5 @@ class Streams:
             with captured_input(changed.ffn_out) as last:
                 end = changed.feed(middle)
             neurons = last()
-        batch.neurons = on_disk(neurons.cpu())
+        batch.middle, batch.neurons = on_disk(middle.cpu()), on_disk(neurons.cpu())
         return neurons, wanted - end
