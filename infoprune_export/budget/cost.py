@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from infoprune_export.engine.onnxruntime import open_session
+from infoprune_export.measure.flops import count_flops
+from infoprune_export.measure.latency import interleaved
 from infoprune_export.models.attention import Context
 from infoprune_export.models.block import Block
 from infoprune_export.models.tower import Activations, Form, Planned, VisionTower
 from infoprune_export.recipe import Target
-from infoprune_export.validate.flops import count_flops
-from infoprune_export.validate.latency import interleaved
 
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _ROUNDS, _WARMUP = 20, 3

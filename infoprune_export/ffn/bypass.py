@@ -8,20 +8,20 @@ regression). Then down projection and path are fitted together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from infoprune_export.data.vqa import Sample
 from infoprune_export.errors import InfopruneError
+from infoprune_export.ffn.job import Compressed, FfnJob
 from infoprune_export.ffn.lowrank import truncate
 from infoprune_export.ffn.obs import compress_obs
 from infoprune_export.ffn.observe import Observer, Regression, damped, regress
 from infoprune_export.ffn.plan import FfnChoice, FfnPlan
 from infoprune_export.models.block import Block
-from infoprune_export.models.calibration import TaskLoss
-from infoprune_export.models.vlm import VLM, writable_copy
+from infoprune_export.models.vlm import writable_copy
 from infoprune_export.recipe import FfnSpec
 from infoprune_export.rewrite.surgery import FFN_BYPASS, FFN_IN, FFN_OUT, assign, reshape_ffn
 
@@ -45,44 +45,31 @@ def neuron_budget(blocks: Sequence[Block], spec: FfnSpec) -> float:
     return left
 
 
-def compress_bypass(
-    original: VLM,
-    pruned: VLM,
-    samples: Sequence[Sample],
-    loss: TaskLoss,
-    spec: FfnSpec,
-    *,
-    ridge: float | None,
-    seed: int,
-    on_block: Callable[[int], None] = lambda block: None,
-) -> tuple[FfnPlan, dict[str, Tensor]]:
-    """Neurons as ``obs`` chooses them under what the bypasses leave, in place; see `compress_ffn`.
+def compress_bypass(job: FfnJob) -> Compressed:
+    """Neurons as ``obs`` chooses them under what the bypasses leave, in place; see `FfnJob`.
 
     Without `ridge` kept neurons stay as they are and the bypass is fitted to the part of the removed ones. A block that
     loses all neurons becomes its bypass alone, one that keeps all gets none. With ``keep_macs: 1`` nothing is done.
     """
-    blocks = pruned.tower.blocks
-    if spec.keep_macs == 1:
+    blocks = job.pruned.tower.blocks
+    if job.spec.keep_macs == 1:
         return FfnPlan.full([block.ffn_shape.size for block in blocks]), {}
-    narrower = spec.model_copy(update={"keep_macs": neuron_budget(blocks, spec)})
-    chosen, _ = compress_obs(
-        original, writable_copy(pruned), samples, loss, narrower, ridge=None, seed=seed, on_block=on_block
-    )
-    choices = [
-        _choice(choice, width, spec.bypass_rank) for choice, width in zip(chosen.choices, chosen.widths, strict=True)
-    ]
+    narrower = job.spec.model_copy(update={"keep_macs": neuron_budget(blocks, job.spec)})
+    chosen, _ = compress_obs(replace(job, pruned=writable_copy(job.pruned), spec=narrower, ridge=None))
+    rank = job.spec.bypass_rank
+    choices = [_choice(choice, width, rank) for choice, width in zip(chosen.choices, chosen.widths, strict=True)]
     plan = FfnPlan.for_blocks(blocks, choices)
-    observer = Observer(original, samples, to_original=ridge is not None)
+    observer = Observer(job.original, job.samples, to_original=job.ridge is not None)
     weights: dict[str, Tensor] = {}
-    for i, (before, after, choice) in enumerate(zip(original.tower.blocks, blocks, choices, strict=True)):
-        weights |= assign(pruned.tower, observer.refit_attention(i, before, after, ridge))
-        parts = fit_block(observer, before, after, choice, ridge)
-        weights |= assign(pruned.tower, {f"{i}.{name}": value for name, value in parts.items()})
-        if ridge is not None and choice.kind != "linear":
-            weight, bias = observer.streams.refit("ffn", before, after, ridge)
-            weights |= assign(pruned.tower, {f"{i}.{FFN_OUT}.weight": weight, f"{i}.{FFN_OUT}.bias": bias})
+    for i, (before, after, choice) in enumerate(zip(job.original.tower.blocks, blocks, choices, strict=True)):
+        weights |= assign(job.pruned.tower, observer.refit_attention(i, before, after, job.ridge))
+        parts = fit_block(observer, before, after, choice, job.ridge)
+        weights |= assign(job.pruned.tower, {f"{i}.{name}": value for name, value in parts.items()})
+        if job.ridge is not None and choice.kind != "linear":
+            weight, bias = observer.streams.refit("ffn", before, after, job.ridge)
+            weights |= assign(job.pruned.tower, {f"{i}.{FFN_OUT}.weight": weight, f"{i}.{FFN_OUT}.bias": bias})
         observer.streams.advance(before, after)
-        on_block(i)
+        job.on_block(i)
     return plan, weights
 
 

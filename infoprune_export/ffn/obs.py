@@ -15,14 +15,13 @@ from torch import Tensor
 
 from infoprune_export.data.vqa import Sample
 from infoprune_export.errors import InfopruneError
-from infoprune_export.ffn.plan import FfnPlan
+from infoprune_export.ffn.job import Compressed, FfnJob
 from infoprune_export.ffn.widths import remove_neurons
 from infoprune_export.models.allocation import choose
 from infoprune_export.models.calibration import TaskLoss
 from infoprune_export.models.elimination import Elimination, eliminate
 from infoprune_export.models.moments import collect_moments
 from infoprune_export.models.vlm import VLM
-from infoprune_export.recipe import FfnSpec
 
 
 def width_options(full: int, round_to: int) -> list[int]:
@@ -74,22 +73,11 @@ def eliminate_neurons(
     return eliminations
 
 
-def compress_obs(
-    original: VLM,
-    pruned: VLM,
-    samples: Sequence[Sample],
-    loss: TaskLoss,
-    spec: FfnSpec,
-    *,
-    ridge: float | None,
-    seed: int,
-    on_block: Callable[[int], None] = lambda block: None,
-    widths: Sequence[int] | None = None,
-) -> tuple[FfnPlan, dict[str, Tensor]]:
-    """Shrink the FFNs of `pruned` in place, to `widths` if they are settled already; see `methods.compress_ffn`."""
-    eliminations = eliminate_neurons(pruned, samples, loss, seed, on_block)
-    full = [block.ffn_shape.size for block in pruned.tower.blocks]
+def compress_obs(job: FfnJob, widths: Sequence[int] | None = None) -> Compressed:
+    """Shrink the FFNs of `pruned` in place, to `widths` if they are settled already; see `FfnJob`."""
+    eliminations = eliminate_neurons(job.pruned, job.samples, job.loss, job.seed, job.on_block)
+    full = [block.ffn_shape.size for block in job.pruned.tower.blocks]
     if widths is None:
-        widths = allocate([e.cost for e in eliminations], int(spec.keep_macs * sum(full)), spec.round_to)
+        widths = allocate([e.cost for e in eliminations], int(job.spec.keep_macs * sum(full)), job.spec.round_to)
     kept = [sorted(e.order[size - width :].tolist()) for e, size, width in zip(eliminations, full, widths, strict=True)]
-    return remove_neurons(original, pruned, kept, samples, ridge=ridge, on_block=on_block)
+    return remove_neurons(job, kept)

@@ -25,14 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from infoprune_export.analysis.spectra import ks_distance, singular_values
-from infoprune_export.data.vqa import Sample
 from infoprune_export.errors import InfopruneError
 from infoprune_export.ffn.budget import uniform_width
-from infoprune_export.ffn.plan import FfnPlan
+from infoprune_export.ffn.job import Compressed, FfnJob
 from infoprune_export.ffn.scores import top
 from infoprune_export.ffn.widths import remove_neurons
-from infoprune_export.models.calibration import TaskLoss
-from infoprune_export.models.vlm import VLM
 from infoprune_export.recipe import FfnSpec
 
 _CLIP = 1.0
@@ -124,32 +121,22 @@ def choose(logits: Tensor, kept: int, *, sample: bool, generator: torch.Generato
     return sorted(drawn)
 
 
-def compress_prunenet(
-    original: VLM,
-    pruned: VLM,
-    samples: Sequence[Sample],
-    loss: TaskLoss,
-    spec: FfnSpec,
-    *,
-    ridge: float | None,
-    seed: int,
-    on_block: Callable[[int], None] = lambda block: None,
-) -> tuple[FfnPlan, dict[str, Tensor]]:
-    """Train the policy on the blocks' W1 and carry its choice out; see `compress_ffn`.
+def compress_prunenet(job: FfnJob) -> Compressed:
+    """Train the policy on the blocks' W1 and carry its choice out; see `FfnJob`.
 
     Raises:
         InfopruneError: the blocks are of different widths, so no one policy fits.
     """
-    blocks = pruned.tower.blocks
+    blocks = job.pruned.tower.blocks
     widths = sorted({block.ffn_shape.size for block in blocks})
     if len(widths) > 1:
         raise InfopruneError(
             f"ffn.method = prunenet has one policy for all blocks, these have widths {widths}; use obs"
         )
-    width = uniform_width(widths[0], spec)
+    width = uniform_width(widths[0], job.spec)
     if width == widths[0]:
-        return remove_neurons(original, pruned, [range(width)] * len(blocks), samples, ridge=ridge, on_block=on_block)
-    logits, _ = train_policy([block.ffn_in.weight for block in blocks], width, spec, seed, on_block)
-    generator = torch.Generator().manual_seed(seed + 1)
-    kept = [choose(one, width, sample=spec.prunenet_sample, generator=generator) for one in logits]
-    return remove_neurons(original, pruned, kept, samples, ridge=ridge, on_block=on_block)
+        return remove_neurons(job, [range(width)] * len(blocks))
+    logits, _ = train_policy([block.ffn_in.weight for block in blocks], width, job.spec, job.seed, job.on_block)
+    generator = torch.Generator().manual_seed(job.seed + 1)
+    kept = [choose(one, width, sample=job.spec.prunenet_sample, generator=generator) for one in logits]
+    return remove_neurons(job, kept)

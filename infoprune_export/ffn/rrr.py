@@ -6,49 +6,34 @@ leading eigenvectors of A C A^T (Izenman 1975). No linear map of that rank has a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 from torch import Tensor
 
-from infoprune_export.data.vqa import Sample
 from infoprune_export.ffn.budget import linear_rank
+from infoprune_export.ffn.job import Compressed, FfnJob
 from infoprune_export.ffn.lowrank import truncate
 from infoprune_export.ffn.observe import Observer, damped, regress
 from infoprune_export.ffn.plan import FfnChoice, FfnPlan
-from infoprune_export.models.calibration import TaskLoss
-from infoprune_export.models.vlm import VLM
-from infoprune_export.recipe import FfnSpec
 from infoprune_export.rewrite.surgery import FFN_IN, FFN_OUT, assign
 
 
-def compress_rrr(
-    original: VLM,
-    pruned: VLM,
-    samples: Sequence[Sample],
-    loss: TaskLoss,
-    spec: FfnSpec,
-    *,
-    ridge: float | None,
-    seed: int,
-    on_block: Callable[[int], None] = lambda block: None,
-) -> tuple[FfnPlan, dict[str, Tensor]]:
-    """One fraction of the multiply-accumulates for all blocks, `keep_macs`; see `compress_ffn` for the rest.
+def compress_rrr(job: FfnJob) -> Compressed:
+    """One fraction of the multiply-accumulates for all blocks, `keep_macs`; see `FfnJob` for the rest.
 
     The target is the original's residual stream, or without a refit what the block's own FFN computes; `ridge` does
     not enter otherwise, see `observe.DAMPING`.
     """
-    blocks = pruned.tower.blocks
-    plan = FfnPlan.for_blocks(blocks, [FfnChoice("linear", rank=linear_rank(block, spec)) for block in blocks])
-    observer = Observer(original, samples, to_original=ridge is not None)
+    blocks = job.pruned.tower.blocks
+    plan = FfnPlan.for_blocks(blocks, [FfnChoice("linear", rank=linear_rank(block, job.spec)) for block in blocks])
+    observer = Observer(job.original, job.samples, to_original=job.ridge is not None)
     weights: dict[str, Tensor] = {}
-    for i, (before, after) in enumerate(zip(original.tower.blocks, blocks, strict=True)):
-        weights |= assign(pruned.tower, observer.refit_attention(i, before, after, ridge))
+    for i, (before, after) in enumerate(zip(job.original.tower.blocks, blocks, strict=True)):
+        weights |= assign(job.pruned.tower, observer.refit_attention(i, before, after, job.ridge))
         rank, seen = plan.choices[i].rank, observer.watch(before, after)
         fit = regress(((one.inputs, one.wanted) for one in seen), plan.features, plan.features)
         down, up, _ = truncate(fit.weight, damped(fit.covariance), rank)
         parts = {f"{FFN_IN}.weight": up, f"{FFN_OUT}.weight": down, f"{FFN_OUT}.bias": fit.bias_of(down @ up)}
         after.make_ffn_linear(rank)
-        weights |= assign(pruned.tower, {f"{i}.{name}": value for name, value in parts.items()})
+        weights |= assign(job.pruned.tower, {f"{i}.{name}": value for name, value in parts.items()})
         observer.streams.advance(before, after)
-        on_block(i)
+        job.on_block(i)
     return plan, weights

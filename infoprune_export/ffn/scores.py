@@ -6,7 +6,7 @@ global ranking would empty whole blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
@@ -16,12 +16,10 @@ from torch import Tensor
 
 from infoprune_export.data.vqa import Sample
 from infoprune_export.ffn.budget import uniform_width
+from infoprune_export.ffn.job import Compressed, FfnJob
 from infoprune_export.ffn.observe import mean_over_tokens
-from infoprune_export.ffn.plan import FfnPlan
 from infoprune_export.ffn.widths import remove_neurons
-from infoprune_export.models.calibration import TaskLoss
 from infoprune_export.models.vlm import VLM
-from infoprune_export.recipe import FfnSpec
 
 
 class Score(Protocol):
@@ -65,21 +63,10 @@ def top(score: Tensor, count: int) -> list[int]:
     return sorted(score.argsort(descending=True, stable=True)[:count].tolist())
 
 
-def _compress(
-    original: VLM,
-    pruned: VLM,
-    samples: Sequence[Sample],
-    loss: TaskLoss,
-    spec: FfnSpec,
-    *,
-    score: Score,
-    ridge: float | None,
-    seed: int,
-    on_block: Callable[[int], None] = lambda block: None,
-) -> tuple[FfnPlan, dict[str, Tensor]]:
-    widths = [uniform_width(block.ffn_shape.size, spec) for block in pruned.tower.blocks]
-    kept = [top(one, width) for one, width in zip(score(pruned, samples, seed), widths, strict=True)]
-    return remove_neurons(original, pruned, kept, samples, ridge=ridge, on_block=on_block)
+def _compress(job: FfnJob, *, score: Score) -> Compressed:
+    widths = [uniform_width(block.ffn_shape.size, job.spec) for block in job.pruned.tower.blocks]
+    kept = [top(one, width) for one, width in zip(score(job.pruned, job.samples, job.seed), widths, strict=True)]
+    return remove_neurons(job, kept)
 
 
 compress_random = partial(_compress, score=random)

@@ -7,19 +7,15 @@ it is here to be compared with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 
-from infoprune_export.data.vqa import Sample
 from infoprune_export.errors import InfopruneError
 from infoprune_export.ffn.budget import linear_rank
+from infoprune_export.ffn.job import Compressed, FfnJob
 from infoprune_export.ffn.plan import FfnChoice, FfnPlan
 from infoprune_export.models.block import Block
-from infoprune_export.models.calibration import TaskLoss
 from infoprune_export.models.tower import VisionTower
-from infoprune_export.models.vlm import VLM
 from infoprune_export.recipe import FfnSpec
 from infoprune_export.rewrite.surgery import FFN_IN, FFN_OUT, apply_ffn
 
@@ -65,18 +61,8 @@ def truncated_products(tower: VisionTower, spec: FfnSpec) -> tuple[FfnPlan, dict
     return FfnPlan.for_blocks(tower.blocks, choices), weights
 
 
-def compress_paper(
-    original: VLM,
-    pruned: VLM,
-    samples: Sequence[Sample],
-    loss: TaskLoss,
-    spec: FfnSpec,
-    *,
-    ridge: float | None,
-    seed: int,
-    on_block: Callable[[int], None] = lambda block: None,
-) -> tuple[FfnPlan, dict[str, Tensor]]:
-    """`truncated_products`, carried out on `pruned`. Nothing is fitted; see `compress_ffn` for the arguments."""
-    plan, weights = truncated_products(pruned.tower, spec)
-    apply_ffn(pruned.tower, plan, weights)
+def compress_paper(job: FfnJob) -> Compressed:
+    """`truncated_products`, carried out on `pruned`. Nothing is fitted; see `FfnJob`."""
+    plan, weights = truncated_products(job.pruned.tower, job.spec)
+    apply_ffn(job.pruned.tower, plan, weights)
     return plan, weights

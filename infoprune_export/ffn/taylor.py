@@ -8,19 +8,16 @@ u = Wu x + bu, it is J = W2 (diag(phi'(g0) u0) Wg + diag(phi(g0)) Wu). J is trun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from infoprune_export.data.vqa import Sample
+from infoprune_export.ffn.job import Compressed, FfnJob
 from infoprune_export.ffn.observe import mean_over_tokens
 from infoprune_export.ffn.plan import FfnChoice, FfnPlan
 from infoprune_export.ffn.svd import factors
 from infoprune_export.models.block import Block
-from infoprune_export.models.calibration import TaskLoss
-from infoprune_export.models.vlm import VLM
-from infoprune_export.recipe import FfnSpec
 from infoprune_export.rewrite.surgery import FFN_IN, FFN_OUT, apply_ffn
 
 
@@ -47,32 +44,23 @@ def _with_slope(activation: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tens
     return value, slope
 
 
-def compress_taylor(
-    original: VLM,
-    pruned: VLM,
-    samples: Sequence[Sample],
-    loss: TaskLoss,
-    spec: FfnSpec,
-    *,
-    ridge: float | None,
-    seed: int,
-    on_block: Callable[[int], None] = lambda block: None,
-) -> tuple[FfnPlan, dict[str, Tensor]]:
-    """Every FFN by its truncated Jacobian, in place. Nothing is fitted; see `compress_ffn` for the arguments.
+def compress_taylor(job: FfnJob) -> Compressed:
+    """Every FFN by its truncated Jacobian, in place. Nothing is fitted; see `FfnJob`.
 
     All points are means of `pruned` as it comes in, so that one pass over the samples is enough.
     """
-    blocks = pruned.tower.blocks
+    blocks = job.pruned.tower.blocks
     choices, weights = [], {}
-    for i, (block, point) in enumerate(zip(blocks, mean_over_tokens(pruned, samples, lambda b: b.ffn), strict=True)):
+    means = mean_over_tokens(job.pruned, job.samples, lambda block: block.ffn)
+    for i, (block, point) in enumerate(zip(blocks, means, strict=True)):
         jacobian, value = linearise(block, point)
-        down, up = factors(block, jacobian, spec)
+        down, up = factors(block, jacobian, job.spec)
         bias = value - down @ (up @ point.to(up.device))
         choices.append(FfnChoice("linear", rank=len(up)))
         dtype = block.ffn_out.weight.dtype
         weights[f"{i}.{FFN_IN}.weight"], weights[f"{i}.{FFN_OUT}.weight"] = up.to(dtype), down.to(dtype)
         weights[f"{i}.{FFN_OUT}.bias"] = bias.to(dtype)
-        on_block(i)
+        job.on_block(i)
     plan = FfnPlan.for_blocks(blocks, choices)
-    apply_ffn(pruned.tower, plan, weights)
+    apply_ffn(job.pruned.tower, plan, weights)
     return plan, weights

@@ -11,52 +11,37 @@ projections, and then truncated in the metric of its input: reduced-rank regress
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 
-from infoprune_export.data.vqa import Sample
 from infoprune_export.ffn.budget import factor_rank
+from infoprune_export.ffn.job import Compressed, FfnJob
 from infoprune_export.ffn.lowrank import truncate
 from infoprune_export.ffn.observe import DAMPING, Observer, regress
 from infoprune_export.ffn.plan import FfnChoice, FfnPlan
 from infoprune_export.models.block import Block
-from infoprune_export.models.calibration import TaskLoss
-from infoprune_export.models.vlm import VLM
-from infoprune_export.recipe import FfnSpec
 from infoprune_export.rewrite.surgery import FFN_OUT, assign, reshape_ffn
 
 
-def compress_whitened(
-    original: VLM,
-    pruned: VLM,
-    samples: Sequence[Sample],
-    loss: TaskLoss,
-    spec: FfnSpec,
-    *,
-    ridge: float | None,
-    seed: int,
-    on_block: Callable[[int], None] = lambda block: None,
-) -> tuple[FfnPlan, dict[str, Tensor]]:
-    """Factor every FFN of `pruned` in place; see `compress_ffn`. With ``keep_macs: 1`` nothing is done."""
-    blocks = pruned.tower.blocks
-    if spec.keep_macs == 1:
+def compress_whitened(job: FfnJob) -> Compressed:
+    """Factor every FFN of `pruned` in place; see `FfnJob`. With ``keep_macs: 1`` nothing is done."""
+    blocks = job.pruned.tower.blocks
+    if job.spec.keep_macs == 1:
         return FfnPlan.full([block.ffn_shape.size for block in blocks]), {}
     choices = []
     for block in blocks:
-        ranks = (factor_rank(block, spec),) * len(block.ffn_projections)
+        ranks = (factor_rank(block, job.spec),) * len(block.ffn_projections)
         choices.append(FfnChoice("factored", tuple(range(block.ffn_shape.size)), ranks=ranks))
     plan = FfnPlan.for_blocks(blocks, choices)
-    observer = Observer(original, samples, to_original=ridge is not None)
+    observer = Observer(job.original, job.samples, to_original=job.ridge is not None)
     weights: dict[str, Tensor] = {}
-    for i, (before, after, choice) in enumerate(zip(original.tower.blocks, blocks, choices, strict=True)):
-        weights |= assign(pruned.tower, observer.refit_attention(i, before, after, ridge))
-        parts = factor_block(observer, before, after, choice.ranks[0], ridge)
+    for i, (before, after, choice) in enumerate(zip(job.original.tower.blocks, blocks, choices, strict=True)):
+        weights |= assign(job.pruned.tower, observer.refit_attention(i, before, after, job.ridge))
+        parts = factor_block(observer, before, after, choice.ranks[0], job.ridge)
         reshape_ffn(after, choice)
-        weights |= assign(pruned.tower, {f"{i}.{name}": value for name, value in parts.items()})
+        weights |= assign(job.pruned.tower, {f"{i}.{name}": value for name, value in parts.items()})
         observer.streams.advance(before, after)
-        on_block(i)
+        job.on_block(i)
     return plan, weights
 
 

@@ -2,48 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from infoprune_export.data.vqa import Sample
+from infoprune_export.ffn.job import Compressed, FfnJob
 from infoprune_export.ffn.plan import FfnChoice, FfnPlan
 from infoprune_export.models.streams import Streams
-from infoprune_export.models.vlm import VLM
 from infoprune_export.rewrite.surgery import ATTENTION_OUT, FFN_OUT
 
 
-def remove_neurons(
-    original: VLM,
-    pruned: VLM,
-    kept: Sequence[Sequence[int]],
-    samples: Sequence[Sample],
-    *,
-    ridge: float | None,
-    on_block: Callable[[int], None] = lambda block: None,
-) -> tuple[FfnPlan, dict[str, Tensor]]:
-    """Keep neurons ``kept[l]`` (ascending) of every block of `pruned`, in place.
+def remove_neurons(job: FfnJob, kept: Sequence[Sequence[int]]) -> Compressed:
+    """Keep neurons ``kept[l]`` (ascending) of every block of the job's tower, in place.
 
-    Unless `ridge` is None every down projection, and the attention's output projection in front of it, is refitted to
-    `original`'s residual stream behind its already refitted predecessors. Returns the plan and the refitted projections
-    under `surgery`'s names.
+    With a ridge every down projection, and the attention's output projection in front of it, is refitted to the
+    original's residual stream behind its already refitted predecessors.
     """
-    blocks = pruned.tower.blocks
+    blocks = job.pruned.tower.blocks
     plan = FfnPlan.for_blocks(blocks, [FfnChoice("mlp", tuple(neurons)) for neurons in kept])
     for block, neurons in zip(blocks, kept, strict=True):
         if len(neurons) < block.ffn_shape.size:
             block.keep_neurons(neurons)
     weights: dict[str, Tensor] = {}
-    if ridge is None:
+    if job.ridge is None:
         return plan, weights
-    streams = Streams(original, samples)
-    for i, (before, after) in enumerate(zip(original.tower.blocks, blocks, strict=True)):
-        weight, bias = streams.refit("attention", before, after, ridge)
+    streams = Streams(job.original, job.samples)
+    for i, (before, after) in enumerate(zip(job.original.tower.blocks, blocks, strict=True)):
+        weight, bias = streams.refit("attention", before, after, job.ridge)
         after.set_attention_out(weight, bias)
         weights[f"{i}.{ATTENTION_OUT}.weight"], weights[f"{i}.{ATTENTION_OUT}.bias"] = weight, bias
-        weight, bias = streams.refit("ffn", before, after, ridge)
+        weight, bias = streams.refit("ffn", before, after, job.ridge)
         after.set_ffn_out(weight, bias)
         weights[f"{i}.{FFN_OUT}.weight"], weights[f"{i}.{FFN_OUT}.bias"] = weight, bias
         streams.advance(before, after)
-        on_block(i)
+        job.on_block(i)
     return plan, weights

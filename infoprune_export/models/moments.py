@@ -59,7 +59,8 @@ def collect_moments(
             for one in watched.values():
                 one.accumulate()
             on_batch(len(batch))
-    return {site: [watched[site, i].moments() for i in range(len(vlm.tower.blocks))] for site in sites}
+    # One block's sums are gone before the next one's matrices are made: together they would be gigabytes.
+    return {site: [watched.pop((site, i)).moments() for i in range(len(vlm.tower.blocks))] for site in sites}
 
 
 class _Watched:

@@ -201,6 +201,7 @@ def make_ffn(run: Run, folder: Path) -> None:
     """Choose and fit what replaces the FFNs, on top of the pruned heads."""
     from safetensors.torch import load_file
 
+    from infoprune_export.ffn.job import FfnJob
     from infoprune_export.ffn.methods import compress_ffn
     from infoprune_export.ffn.plan import FfnPlan
     from infoprune_export.heads.plan import HeadPlan
@@ -218,7 +219,7 @@ def make_ffn(run: Run, folder: Path) -> None:
         pruned = writable_copy(run.original)
         apply_heads(pruned.tower, HeadPlan.from_dict(read_json(heads / PLAN)), load_file(heads / PLAN_WEIGHTS))
         advance, settled = run.track("FFN blocks", 2 * len(blocks)), read_allocation(run)
-        plan, weights = compress_ffn(
+        job = FfnJob(
             run.original,
             pruned,
             run.split.calibration,
@@ -227,8 +228,8 @@ def make_ffn(run: Run, folder: Path) -> None:
             ridge=run.recipe.refit.ridge if run.recipe.refit.enabled else None,
             seed=run.recipe.seed,
             on_block=lambda block: advance(1),
-            widths=settled.widths if settled is not None else None,
         )
+        plan, weights = compress_ffn(job, settled.widths if settled is not None else None)
     write_plan(folder, plan, weights)
 
 

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from infoprune_export.artifacts import library_versions
 from infoprune_export.engine.onnxruntime import feed_of, open_session
 from infoprune_export.export.onnx import MODEL
+from infoprune_export.measure.flops import count_flops
+from infoprune_export.measure.latency import interleaved, machine, paired_ratio, percentiles
 from infoprune_export.models.tower import Planned, VisionTower
 from infoprune_export.recipe import BenchSpec, Target, TokensSpec
 from infoprune_export.tokens.encoder import VisionEncoder
-from infoprune_export.validate.flops import count_flops
-from infoprune_export.validate.latency import interleaved, machine, paired_ratio, percentiles
 
 
 def time_sessions(

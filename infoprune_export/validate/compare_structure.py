@@ -23,17 +23,18 @@ from torch import Tensor
 from infoprune_export.data import dataset
 from infoprune_export.data.dataset import Split
 from infoprune_export.errors import InfopruneError
+from infoprune_export.ffn.job import FfnJob
 from infoprune_export.ffn.methods import METHODS, compress_ffn
 from infoprune_export.heads.criteria import Evidence, score_heads
 from infoprune_export.heads.prune import prune_heads
 from infoprune_export.heads.train import train_gates
+from infoprune_export.measure.flops import count_flops
 from infoprune_export.models.calibration import TaskLoss, inputs_of
 from infoprune_export.models.tower import Form
 from infoprune_export.models.vlm import VLM, check_model, writable_copy
 from infoprune_export.recipe import FfnSpec, HeadsSpec, Recipe
 from infoprune_export.tokens.encoder import VisionEncoder
 from infoprune_export.validate.accuracy import agreement_scores, collect_answers, estimate, vqa_scores
-from infoprune_export.validate.flops import count_flops
 
 Track = Callable[[str, int], Callable[[int], None]]
 """A progress line's title and total to the function that advances it."""
@@ -218,7 +219,7 @@ def _make(
     if asked.part == "ffn":
         pruned = writable_copy(vlm)
         loss = TaskLoss(split.labelled, vlm.tower)
-        plan, _ = compress_ffn(vlm, pruned, split.calibration, loss, asked.ffn, ridge=ridge, seed=seed)
+        plan, _ = compress_ffn(FfnJob(vlm, pruned, split.calibration, loss, asked.ffn, ridge=ridge, seed=seed))
         return pruned, plan.kept_fraction, 0.0
     # Scores do not depend on how many heads go, unless gates are trained to meet that number.
     key = (asked.method, seed, asked.heads.remove if asked.method == "hard_concrete" else None)

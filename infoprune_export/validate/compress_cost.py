@@ -70,6 +70,7 @@ def _noise_images(folder: Path, count: int) -> list[Sample]:
 
 
 def _measure_ffn(vlm: VLM, samples: Sequence[Sample]) -> dict[str, Any]:
+    from infoprune_export.ffn.job import FfnJob
     from infoprune_export.ffn.methods import compress_ffn
     from infoprune_export.models.calibration import TaskLoss
     from infoprune_export.models.vlm import writable_copy
@@ -77,7 +78,8 @@ def _measure_ffn(vlm: VLM, samples: Sequence[Sample]) -> dict[str, Any]:
 
     pruned = writable_copy(vlm)
     started = time.perf_counter()
-    plan, _ = compress_ffn(vlm, pruned, samples, TaskLoss(False, vlm.tower), FfnSpec(), ridge=RefitSpec().ridge, seed=0)
+    loss = TaskLoss(False, vlm.tower)
+    plan, _ = compress_ffn(FfnJob(vlm, pruned, samples, loss, FfnSpec(), ridge=RefitSpec().ridge, seed=0))
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return {

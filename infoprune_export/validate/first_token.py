@@ -26,9 +26,9 @@ from torch import Tensor
 
 from infoprune_export.artifacts import library_versions
 from infoprune_export.errors import InfopruneError
+from infoprune_export.measure.latency import interleaved, machine, paired_ratio, percentiles
 from infoprune_export.models.vlm import VLM, Decoding, VisualTokens, answer
 from infoprune_export.recipe import BenchSpec
-from infoprune_export.validate.latency import interleaved, machine, paired_ratio, percentiles
 
 UNPRUNED = "unpruned"
 

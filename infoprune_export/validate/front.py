@@ -25,10 +25,12 @@ from infoprune_export.data.dataset import Split
 from infoprune_export.engine.onnxruntime import open_session
 from infoprune_export.errors import InfopruneError
 from infoprune_export.export.onnx import MODEL, export_onnx
+from infoprune_export.ffn.job import FfnJob
 from infoprune_export.ffn.obs import compress_obs, eliminate_neurons
 from infoprune_export.heads.obs import eliminate_heads
 from infoprune_export.heads.plan import HeadPlan
 from infoprune_export.heads.refit import refit_heads
+from infoprune_export.measure.latency import machine, paired_ratio, percentiles
 from infoprune_export.models.calibration import TaskLoss, inputs_of
 from infoprune_export.models.vlm import VLM, check_model, on_cpu, writable_copy
 from infoprune_export.recipe import Recipe, load_target
@@ -38,7 +40,6 @@ from infoprune_export.tokens.encoder import VisionEncoder
 from infoprune_export.validate.accuracy import agreement_scores, collect_answers, estimate, vqa_scores
 from infoprune_export.validate.bench import time_sessions
 from infoprune_export.validate.compare_structure import Track, drawn_split
-from infoprune_export.validate.latency import machine, paired_ratio, percentiles
 from infoprune_export.validate.plots import AFTER, ALERT, BEFORE, blank, tidy, to_svg
 
 Of = Literal["heads", "ffn", "both"]
@@ -153,9 +154,8 @@ def _carry_out(vlm: VLM, split: Split, recipe: Recipe, allocation: Allocation, l
         apply_heads(model.tower, plan, {})
     else:
         refit_heads(vlm, model, plan, split.calibration, ridge)
-    compress_obs(
-        vlm, model, split.calibration, loss, recipe.ffn, ridge=ridge, seed=recipe.seed, widths=allocation.widths
-    )
+    job = FfnJob(vlm, model, split.calibration, loss, recipe.ffn, ridge=ridge, seed=recipe.seed)
+    compress_obs(job, allocation.widths)
     return model
 
 

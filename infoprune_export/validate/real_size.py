@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from infoprune_export.engine.onnxruntime import feed_of, open_session
 from infoprune_export.export.onnx import MODEL, export_module, export_onnx
 from infoprune_export.export.quantize import quantize_int8
+from infoprune_export.measure.flops import count_flops
+from infoprune_export.measure.latency import paired_ratio
 from infoprune_export.models import tower_of
 from infoprune_export.models.qwen import QwenTower
 from infoprune_export.models.tower import Form, VisionTower
@@ -27,8 +29,6 @@ from infoprune_export.recipe import BenchSpec, Recipe, Target, TokensSpec
 from infoprune_export.tokens.encoder import FEATURES, VisionEncoder
 from infoprune_export.tokens.select import keep_count
 from infoprune_export.validate.bench import bench_onnx, time_sessions
-from infoprune_export.validate.flops import count_flops
-from infoprune_export.validate.latency import paired_ratio
 from infoprune_export.validate.parity import compare
 
 _TOWER = "clip-l-336"

@@ -28,10 +28,10 @@ from torch import Tensor
 
 from infoprune_export.engine.onnxruntime import open_session
 from infoprune_export.export import operator
+from infoprune_export.measure.latency import interleaved
 from infoprune_export.recipe import TokensSpec, load_target
 from infoprune_export.tokens import reference
 from infoprune_export.tokens.select import EPSILON, token_select, weighting
-from infoprune_export.validate.latency import interleaved
 
 SIZES = ((576, 64), (2880, 640), (16384, 1820))
 """Tokens, all of them in the pool, and how many are kept: of LLaVA-1.5, of LLaVA-NeXT, and of a large Qwen image."""

@@ -22,6 +22,7 @@ from infoprune_export.data.vqa import Sample
 from infoprune_export.engine.base import Engine
 from infoprune_export.ffn.plan import FfnPlan
 from infoprune_export.heads.plan import HeadPlan
+from infoprune_export.measure.flops import count_flops
 from infoprune_export.models.calibration import inputs_of
 from infoprune_export.models.tower import VisionTower
 from infoprune_export.models.vlm import VLM, Decoding
@@ -35,7 +36,6 @@ from infoprune_export.validate.accuracy import (
     estimate,
     vqa_scores,
 )
-from infoprune_export.validate.flops import count_flops
 from infoprune_export.validate.parity import Parity, compare, encoder_parity, limits_of, masked, through
 
 PICTURES = 6

@@ -7,11 +7,11 @@ import torch
 from families import FAMILIES, build, seeded
 
 from infoprune_export.budget.cost import CostTable, flops, measure, milliseconds
+from infoprune_export.measure.flops import count_flops
 from infoprune_export.models import tower_of
 from infoprune_export.models.tower import Form, VisionTower
 from infoprune_export.recipe import load_target
 from infoprune_export.tokens.encoder import VisionEncoder
-from infoprune_export.validate.flops import count_flops
 
 
 def one_image(tower: VisionTower) -> dict[str, torch.Tensor]:

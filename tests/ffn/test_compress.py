@@ -1,5 +1,6 @@
 import torch
 
+from infoprune_export.ffn.job import FfnJob
 from infoprune_export.ffn.obs import compress_obs
 from infoprune_export.models.calibration import TaskLoss, inputs_of
 from infoprune_export.models.vlm import writable_copy
@@ -11,10 +12,10 @@ def test_compress_obs_respects_the_budget_and_beats_plain_slicing(trained_vlm, s
     spec = FfnSpec(keep_macs=0.5, round_to=64)
     loss = TaskLoss(True, trained_vlm.tower)
     refitted, plain = writable_copy(trained_vlm), writable_copy(trained_vlm)
-    plan, weights = compress_obs(trained_vlm, refitted, scene_split.calibration, loss, spec, ridge=1e-3, seed=0)
+    plan, weights = compress_obs(FfnJob(trained_vlm, refitted, scene_split.calibration, loss, spec, 1e-3, 0))
     assert 0.3 < plan.kept_fraction <= 0.5
     assert all(choice.size % 64 == 0 for choice in plan.choices)
-    same, none = compress_obs(trained_vlm, plain, scene_split.calibration, loss, spec, ridge=None, seed=0)
+    same, none = compress_obs(FfnJob(trained_vlm, plain, scene_split.calibration, loss, spec, None, 0))
     assert same == plan
     assert none == {}
     inputs = inputs_of(trained_vlm, scene_split.validation)
@@ -29,13 +30,8 @@ def test_compress_obs_respects_the_budget_and_beats_plain_slicing(trained_vlm, s
 
 def test_compress_obs_without_budget_keeps_everything(trained_vlm, scene_split):
     copy = writable_copy(trained_vlm)
+    loss = TaskLoss(True, trained_vlm.tower)
     plan, _ = compress_obs(
-        trained_vlm,
-        copy,
-        scene_split.calibration[:8],
-        TaskLoss(True, trained_vlm.tower),
-        FfnSpec(keep_macs=1.0),
-        ridge=1e-3,
-        seed=0,
+        FfnJob(trained_vlm, copy, scene_split.calibration[:8], loss, FfnSpec(keep_macs=1.0), 1e-3, 0)
     )
     assert plan.kept_fraction == 1

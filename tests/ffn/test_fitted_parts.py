@@ -7,6 +7,7 @@ import torch
 from problems import FEATURES, NEURONS, ffn_data, small_vlm, unlabelled
 
 from infoprune_export.ffn.bypass import compress_bypass, fit_block
+from infoprune_export.ffn.job import FfnJob
 from infoprune_export.ffn.observe import Observer
 from infoprune_export.ffn.plan import FfnChoice
 from infoprune_export.ffn.whitened import compress_whitened, factor_block
@@ -62,7 +63,7 @@ def test_whitened_down_projection_error_is_the_dropped_spectrum_too(vlm, scene_s
 def test_whitened_ranks_are_one_fraction_of_every_matrix(vlm, scene_split):
     pruned = writable_copy(vlm)
     spec = FfnSpec(method="whitened_svd", keep_macs=0.5, rank_round_to=1)
-    plan, _ = compress_whitened(vlm, pruned, scene_split.calibration[:2], unlabelled(vlm), spec, ridge=None, seed=0)
+    plan, _ = compress_whitened(FfnJob(vlm, pruned, scene_split.calibration[:2], unlabelled(vlm), spec, None, 0))
     rank = FEATURES * NEURONS // (FEATURES + NEURONS) // 2
     assert {choice.ranks for choice in plan.choices} == {(rank, rank)}
     assert plan.kept_fraction == pytest.approx(rank * (FEATURES + NEURONS) / (FEATURES * NEURONS))
@@ -134,7 +135,7 @@ def test_bypass_pays_for_itself_out_of_the_budget(vlm, scene_split):
     samples, plans = scene_split.calibration[:4], []
     for rank in (1, 8):
         spec = FfnSpec(method="bypass", keep_macs=0.25, round_to=8, bypass_rank=rank)
-        plan, weights = compress_bypass(vlm, writable_copy(vlm), samples, unlabelled(vlm), spec, ridge=0.1, seed=0)
+        plan, weights = compress_bypass(FfnJob(vlm, writable_copy(vlm), samples, unlabelled(vlm), spec, 0.1, 0))
         assert plan.kept_fraction <= 0.25
         assert {value.dtype for value in weights.values()} == {torch.float32}
         plans.append(sum(len(choice.neurons) for choice in plan.choices))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import FEATURES, ffn_data, small_vlm, unlabelled
 
+from infoprune_export.ffn.job import FfnJob
 from infoprune_export.ffn.lowrank import square_root, truncate
 from infoprune_export.ffn.methods import compress_ffn
 from infoprune_export.ffn.observe import mean_over_tokens, regress
@@ -28,7 +29,7 @@ def vlm():
 
 def compress(vlm, samples, spec, ridge):
     pruned = writable_copy(vlm)
-    plan, weights = compress_ffn(vlm, pruned, samples, unlabelled(vlm), spec, ridge=ridge, seed=0)
+    plan, weights = compress_ffn(FfnJob(vlm, pruned, samples, unlabelled(vlm), spec, ridge=ridge, seed=0))
     return pruned, plan, {name: value.double() for name, value in weights.items()}
 
 

@@ -9,6 +9,7 @@ import torch
 from problems import BLOCKS, NEURONS, features, small_vlm, unlabelled
 
 from infoprune_export.errors import InfopruneError
+from infoprune_export.ffn.job import FfnJob
 from infoprune_export.ffn.methods import METHODS, compress_ffn
 from infoprune_export.heads.plan import HeadPlan
 from infoprune_export.models.vlm import writable_copy
@@ -33,7 +34,7 @@ def spec_of(method, **options):
 
 def compress(vlm, samples, spec, *, ridge=0.1, seed=0):
     pruned = writable_copy(vlm)
-    plan, weights = compress_ffn(vlm, pruned, samples, unlabelled(vlm), spec, ridge=ridge, seed=seed)
+    plan, weights = compress_ffn(FfnJob(vlm, pruned, samples, unlabelled(vlm), spec, ridge=ridge, seed=seed))
     return pruned, plan, weights
 
 
@@ -126,7 +127,7 @@ def test_compressed_block_is_refused(vlm, scene_split, method, kind):
         "bypass": lambda: block.make_ffn_bypass(3),
     }[kind]()
     with pytest.raises(InfopruneError, match=rf"^block 1: the FFN is {kind} already; compress the original model$"):
-        compress_ffn(vlm, pruned, scene_split.calibration[:1], unlabelled(vlm), spec_of(method), ridge=0.1, seed=0)
+        compress_ffn(FfnJob(vlm, pruned, scene_split.calibration[:1], unlabelled(vlm), spec_of(method), 0.1, 0))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_policy_for_blocks_of_different_widths_is_refused(vlm, scene_split):
     pruned = writable_copy(vlm)
     pruned.tower.blocks[0].keep_neurons(range(100))
     with pytest.raises(InfopruneError, match=r"one policy for all blocks, these have widths \[100, 128\]; use obs"):
-        compress_ffn(vlm, pruned, scene_split.calibration[:1], unlabelled(vlm), spec_of("prunenet"), ridge=None, seed=0)
+        compress_ffn(FfnJob(vlm, pruned, scene_split.calibration[:1], unlabelled(vlm), spec_of("prunenet"), None, 0))
 
 
 # ── With a gate ──

@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from infoprune_export.errors import InfopruneError
 from infoprune_export.ffn.plan import FfnChoice, FfnPlan
 from infoprune_export.heads.plan import HeadPlan
+from infoprune_export.measure.flops import count_flops
 from infoprune_export.models import tower_of
 from infoprune_export.rewrite.surgery import apply_ffn
 from infoprune_export.tokens.encoder import VisionEncoder
-from infoprune_export.validate.flops import count_flops
 
 TOKENS = 5
 

@@ -1,8 +1,8 @@
 import torch
 
+from infoprune_export.measure.flops import count_flops
 from infoprune_export.recipe import TokensSpec
 from infoprune_export.tokens.encoder import VisionEncoder
-from infoprune_export.validate.flops import count_flops
 
 
 def test_flops_equal_the_formula_and_drop_with_the_parts(random_vlm, pixels):

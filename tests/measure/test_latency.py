@@ -8,7 +8,7 @@ import os
 import numpy as np
 import pytest
 
-from infoprune_export.validate.latency import interleaved, machine, paired_ratio, percentiles
+from infoprune_export.measure.latency import interleaved, machine, paired_ratio, percentiles
 
 
 def trace(rounds: int, warmup: int) -> tuple[list[str], list[int], dict[str, np.ndarray]]:
