@@ -127,9 +127,14 @@ def test_a_killed_worker_ends_the_others_and_is_named(tmp_path, monkeypatch):
 
 
 def test_the_first_to_die_is_the_one_that_is_named(tmp_path, monkeypatch):
+    spoken = tmp_path / "spoken"
     body = (
-        "import os, sys, time\nlast = os.environ['RANK'] == '0'\ntime.sleep(0.05 if last else 0)\n"
-        "print('Traceback'); sys.exit('peer is gone' if last else 'first line\\n\\nMemoryError: 7 GB')"
+        "import os, sys, time\nfrom pathlib import Path\n"
+        f"spoken = Path({str(spoken)!r})\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    while not spoken.exists(): time.sleep(0.01)\n"
+        "    sys.exit('peer is gone')\n"
+        "print('first line\\n\\nMemoryError: 7 GB', file=sys.stderr, flush=True)\nspoken.touch()\nsys.exit(1)"
     )
     script(tmp_path, monkeypatch, body)
     monkeypatch.setattr(launch, "_POLL_SECONDS", 1.0)
