@@ -1,4 +1,4 @@
-"""Packages, devices, backends and conflicts: from what the machine says to findings with the command that mends.
+"""Packages, devices, backends, targets, conflicts: from what the machine says to findings with the command that mends.
 
 Each check takes the driver from its caller, so a machine with another one can be judged.
 """
@@ -10,6 +10,7 @@ import platform
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from infoprune_export import __version__
 from infoprune_export.doctor.findings import Finding, Status
@@ -190,7 +191,38 @@ def _replace_onnxruntime(wanted: Package) -> str:
     return f"pip uninstall -y {ONNXRUNTIME.name} {ONNXRUNTIME_GPU.name} && {wanted.install}"
 
 
-# ── 4. Conflicts ─────────────────────────────────────────────────────────────
+# ── 4. Targets ───────────────────────────────────────────────────────────────
+
+
+def check_targets(driver: Driver) -> list[Finding]:
+    """For every target file whether this machine can build its engines; that most are for others is no fault."""
+    try:
+        recipe = load_module("infoprune_export.recipe")
+        with guard():
+            targets = [recipe.load_target(name) for name in recipe.assets("targets")]
+    except BrokenError as reason:
+        # Whatever they are read with is missing, and reported as a package.
+        return [Finding("targets", "targets", "info", f"cannot be read: {reason}")]
+    return [_check_target(target, driver) for target in targets]
+
+
+def _check_target(target: Any, driver: Driver) -> Finding:
+    try:
+        if target.backend == "tensorrt":
+            api = load_module("infoprune_export.engine.tensorrt.api")
+            with guard():
+                reason = api.why_not_here(target, driver)
+        else:
+            missing = target.providers[0] not in providers_of_onnxruntime()
+            reason = f"this ONNX Runtime has no {target.providers[0]}" if missing else None
+    except BrokenError as error:
+        reason = str(error)
+    if reason is None:
+        return Finding("targets", target.name, "ok", f"engines can be built here: {target.description}")
+    return Finding("targets", target.name, "info", f"not here: {reason}")
+
+
+# ── 5. Conflicts ─────────────────────────────────────────────────────────────
 
 
 def check_onnxruntime_twice(driver: Driver) -> list[Finding]:
@@ -226,6 +258,7 @@ CHECKS: tuple[Callable[[Driver], list[Finding]], ...] = (
     check_packages,
     check_devices,
     check_backends,
+    check_targets,
     check_onnxruntime_twice,
     check_tensorrt_twice,
 )

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 Status = Literal["ok", "info", "warning", "problem"]
 """From harmless to a run that fails: `info` needs no action, `warning` is something installed that cannot be used."""
-Group = Literal["packages", "devices", "backends", "conflicts"]
+Group = Literal["packages", "devices", "backends", "targets", "conflicts"]
 
 
 @dataclass(frozen=True)

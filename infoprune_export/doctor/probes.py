@@ -24,12 +24,25 @@ _JETSON_RELEASE = Path("/etc/nv_tegra_release")
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """A device as the driver describes it."""
+
+    name: str
+    sm: int
+    """Compute capability: 87 is 8.7, 120 is 12.0."""
+    memory: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
 class Driver:
     """The NVIDIA driver: how many devices it offers, and up to which CUDA version; or why it offers none."""
 
     devices: int
     cuda: str = ""
     reason: str = ""
+    gpus: tuple[Gpu, ...] = ()
+    """The devices in order; empty where the driver does not describe them."""
 
 
 class BrokenError(Exception):
@@ -93,7 +106,31 @@ def find_driver() -> Driver:
     except (OSError, AttributeError) as error:
         return Driver(0, reason=f"no NVIDIA driver ({error})")
     cuda = f"{version.value // 1000}.{version.value % 1000 // 10}"
-    return Driver(count.value, cuda, "" if count.value else "the NVIDIA driver offers no device")
+    reason = "" if count.value else "the NVIDIA driver offers no device"
+    return Driver(count.value, cuda, reason, _gpus(library, count.value))
+
+
+_COMPUTE_CAPABILITY = (75, 76)
+"""CUdevice_attribute numbers of the major and minor version, the same in every release."""
+
+
+def _gpus(library: Any, count: int) -> tuple[Gpu, ...]:
+    gpus = []
+    for index in range(count):
+        device, memory, name = ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(128)
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        try:
+            failed = library.cuDeviceGet(ctypes.byref(device), index)
+            for out, attribute in zip((major, minor), _COMPUTE_CAPABILITY, strict=True):
+                failed |= library.cuDeviceGetAttribute(ctypes.byref(out), attribute, device)
+            failed |= library.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+            failed |= library.cuDeviceGetName(name, len(name), device)
+        except AttributeError:
+            return ()
+        if failed:
+            return ()
+        gpus.append(Gpu(name.value.decode(errors="replace"), 10 * major.value + minor.value, memory.value))
+    return tuple(gpus)
 
 
 def torch_cuda() -> str | None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # Target.backend -> class, imported when a target asks for it.
 BACKENDS = {
     "onnxruntime": "infoprune_export.engine.onnxruntime:OnnxRuntimeBackend",
+    "tensorrt": "infoprune_export.engine.tensorrt.runtime:TensorRtBackend",
 }
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from infoprune_export.recipe import Target
+from infoprune_export.recipe import Recipe, Target
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from infoprune_export.engine.tensorrt.profiles import Profile
 
 Compatibility = dict[str, str]
 
@@ -31,6 +37,10 @@ class Engine(ABC):
     def input_types(self) -> dict[str, np.dtype[Any]]:
         """Name and dtype of every input, in order."""
 
+    def covers(self, inputs: Mapping[str, tuple[int, ...]]) -> str | None:
+        """Why inputs of these shapes are more or other than the engine was built for, in one line; None if not."""
+        return None
+
     @abstractmethod
     def describe(self) -> Compatibility:
         """Everything that must match for the engine to run elsewhere."""
@@ -43,9 +53,23 @@ class Backend(ABC):
     def check(self, target: Target) -> None:
         """Raise `InfopruneError` when this machine cannot build for or run the target."""
 
+    def check_recipe(self, recipe: Recipe, target: Target) -> None:  # noqa: B027  (most backends take every recipe)
+        """Raise `InfopruneError` when what a recipe exports could not be built for the target."""
+
     @abstractmethod
-    def build(self, onnx_model: Path, folder: Path, target: Target) -> Engine:
-        """Write an engine for `onnx_model` into an existing folder and open it."""
+    def build(
+        self,
+        onnx_model: Path,
+        folder: Path,
+        target: Target,
+        *,
+        profile: Profile | None = None,
+        progress: Progress | None = None,
+    ) -> Engine:
+        """Write an engine for `onnx_model` into an existing folder and open it.
+
+        `profile` says which shapes it will be given, where the backend builds for shapes.
+        """
 
     @abstractmethod
     def open(self, folder: Path) -> Engine:

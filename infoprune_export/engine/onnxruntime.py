@@ -19,10 +19,13 @@ from numpy.typing import NDArray
 from infoprune_export.artifacts import canonical_json
 from infoprune_export.engine.base import Backend, Compatibility, Engine, check_array
 from infoprune_export.errors import InfopruneError
-from infoprune_export.recipe import Target
+from infoprune_export.recipe import OnnxRuntimeTarget, Target
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
     from torch import Tensor
+
+    from infoprune_export.engine.tensorrt.profiles import Profile
 
 ENGINE = "engine.onnx"
 RECORD = "engine.json"
@@ -45,9 +48,23 @@ def _runtime() -> Any:
     return onnxruntime
 
 
+def runtime_target(target: Target) -> OnnxRuntimeTarget:
+    """The target, if ONNX Runtime serves it.
+
+    Raises:
+        InfopruneError: it is another backend's.
+    """
+    if not isinstance(target, OnnxRuntimeTarget):
+        raise InfopruneError(
+            f"target {target.name} is for {target.backend}, and this runs in ONNX Runtime; use onnxruntime-cpu, "
+            "onnxruntime-cuda or a target file of yours with backend: onnxruntime"
+        )
+    return target
+
+
 def session_options(target: Target, threads: int | None = None) -> Any:
     """Options for a target; `threads` overrides the target's."""
-    ort = _runtime()
+    ort, target = _runtime(), runtime_target(target)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = {
@@ -61,7 +78,8 @@ def session_options(target: Target, threads: int | None = None) -> Any:
 
 def open_session(model: Path, target: Target, threads: int | None = None) -> Any:
     """An ``InferenceSession`` for an ONNX file on a target's providers."""
-    return _runtime().InferenceSession(model, session_options(target, threads), providers=list(target.providers))
+    providers = list(runtime_target(target).providers)
+    return _runtime().InferenceSession(model, session_options(target, threads), providers=providers)
 
 
 def feed_of(session: Any, planned: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
@@ -105,14 +123,23 @@ class OnnxRuntimeEngine(Engine):
 class OnnxRuntimeBackend(Backend):
     def check(self, target: Target) -> None:
         available = _runtime().get_available_providers()
-        if (wanted := target.providers[0]) not in available:
+        if (wanted := runtime_target(target).providers[0]) not in available:
             extra = _EXTRAS.get(wanted, "gpu")
             raise InfopruneError(
                 f"target {target.name} needs {wanted}, this ONNX Runtime has {', '.join(available)}; "
                 f"install it with: pip install 'infoprune-export[{extra}]'"
             )
 
-    def build(self, onnx_model: Path, folder: Path, target: Target) -> Engine:
+    def build(
+        self,
+        onnx_model: Path,
+        folder: Path,
+        target: Target,
+        *,
+        profile: Profile | None = None,
+        progress: Progress | None = None,
+    ) -> Engine:
+        target = runtime_target(target)
         options = session_options(target)
         options.optimized_model_filepath = str(folder / ENGINE)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{ENGINE}.data")
@@ -135,7 +162,7 @@ class OnnxRuntimeBackend(Backend):
     def open(self, folder: Path) -> Engine:
         try:
             content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-            record, target = content["compatibility"], Target.model_validate(content["target"])
+            record, target = content["compatibility"], OnnxRuntimeTarget.model_validate(content["target"])
         except (OSError, ValueError, KeyError, TypeError):
             raise InfopruneError(f"{folder / RECORD}: cannot be read; build the engine again") from None
         for name, here in _compatibility(target).items():
@@ -156,7 +183,7 @@ class OnnxRuntimeBackend(Backend):
         return OnnxRuntimeEngine(session, record)
 
 
-def _compatibility(target: Target) -> Compatibility:
+def _compatibility(target: OnnxRuntimeTarget) -> Compatibility:
     return {
         "backend": "onnxruntime",
         "onnxruntime": _runtime().__version__,

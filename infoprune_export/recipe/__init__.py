@@ -5,9 +5,18 @@ the dotted name of the key. Defaults come from the papers unless the field says 
 (heads, feed-forward networks), "B" the visual-token paper.
 """
 
-from infoprune_export.recipe.delivery import BenchSpec, EngineSpec, ExportSpec, Target, ValidateSpec
-from infoprune_export.recipe.reading import assets, find_asset, load_recipe, load_target, read_recipe, variant_of
+from infoprune_export.recipe.delivery import BenchSpec, EngineSpec, ExportSpec, ValidateSpec
+from infoprune_export.recipe.reading import (
+    assets,
+    engine_target,
+    find_asset,
+    load_recipe,
+    load_target,
+    read_recipe,
+    variant_of,
+)
 from infoprune_export.recipe.structure import BudgetSpec, FfnSpec, HeadsSpec, LanguageSpec, RecoverySpec, RefitSpec
+from infoprune_export.recipe.targets import KnownBug, OnnxRuntimeTarget, Route, Target, TensorRtTarget, read_target
 from infoprune_export.recipe.visual_tokens import DecoderSpec, TokensSpec
 from infoprune_export.recipe.whole import DataSpec, ModelSpec, Recipe
 
@@ -20,18 +29,24 @@ __all__ = [
     "ExportSpec",
     "FfnSpec",
     "HeadsSpec",
+    "KnownBug",
     "LanguageSpec",
     "ModelSpec",
+    "OnnxRuntimeTarget",
     "Recipe",
     "RecoverySpec",
     "RefitSpec",
+    "Route",
     "Target",
+    "TensorRtTarget",
     "TokensSpec",
     "ValidateSpec",
     "assets",
+    "engine_target",
     "find_asset",
     "load_recipe",
     "load_target",
     "read_recipe",
+    "read_target",
     "variant_of",
 ]

@@ -34,6 +34,11 @@ Ratio = Annotated[Fraction, BeforeValidator(_as_fraction), PlainSerializer(str)]
 """A share in (0, 1] of visual tokens: a number, or a fraction in quotes such as "64/576", which is exact."""
 
 
+def tuple_of_list(value: Any) -> Any:
+    """YAML and JSON have lists where a strict field is a tuple."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 class Spec(pydantic.BaseModel):
     """Strict: unknown keys, other types and values that are no finite number are refused."""
 

@@ -1,12 +1,12 @@
-"""Sections about what is delivered: export, engine, validation, latency; and the machine it is for."""
+"""Sections about what is delivered: export, engine, validation, latency."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from infoprune_export.recipe.base import Sizes, Spec
+from infoprune_export.recipe.base import Sizes, Spec, tuple_of_list
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +17,9 @@ class ExportSpec(Spec):
     """Type of weights and activations; the module is exported as it is typed, the graph is never converted."""
     quantization: Literal["none", "int8"] = "none"
     """INT8 weights and activations of linear layers (QDQ), calibrated on the calibration images; needs fp32."""
+    int8_scheme: Literal["auto", "cpu", "tensorrt"] = "auto"
+    """``cpu``: unsigned asymmetric activations, faster in ONNX Runtime on x86. ``tensorrt``: signed symmetric ones, all
+    that TensorRT takes. Auto: what ``engine.target`` needs."""
     images: Literal["auto", "one", "several"] = "auto"
     """Images per call where the family allows any size (Qwen, LLaVA-NeXT). One is faster, and all that token selection
     takes there. Auto: several without selection, one with it."""
@@ -47,9 +50,34 @@ class ExportSpec(Spec):
         return "int8" if self.quantization == "int8" else self.precision
 
 
+_Count = Annotated[int, Field(ge=1)]
+_Size = Annotated[tuple[_Count, _Count], BeforeValidator(tuple_of_list)]
+
+
 class EngineSpec(Spec):
     target: str = "onnxruntime-cpu"
     """A file of ``engines/targets`` without its suffix, or a path to one."""
+    images: Annotated[tuple[_Count, _Count, _Count], BeforeValidator(tuple_of_list)] = (1, 4, 16)
+    """Least, usual and most images a call of a TensorRT engine, where the export takes several."""
+    image_sizes: Annotated[tuple[_Size, _Size, _Size], BeforeValidator(tuple_of_list)] = (
+        (224, 224),
+        (448, 672),
+        (896, 1344),
+    )
+    """Smallest, usual and largest image of a TensorRT engine, height and width in pixels as they reach the processor;
+    only where the family takes any size."""
+    plugin_library: str | None = None
+    """The compiled token-selection plugin, for TensorRT targets that select tokens with one; overrides the target's."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> EngineSpec:
+        if list(self.images) != sorted(self.images):
+            raise ValueError(f"images {list(self.images)}: least, usual, most must not fall")
+        for axis, name in enumerate(("heights", "widths")):
+            extents = [size[axis] for size in self.image_sizes]
+            if extents != sorted(extents):
+                raise ValueError(f"image_sizes: the {name} {extents} must not fall")
+        return self
 
 
 class ValidateSpec(Spec):
@@ -85,24 +113,6 @@ class BenchSpec(Spec):
     """CPU threads inside an operator. One, because small pruned GEMMs scale worse than large ones."""
 
     @field_validator("batch_sizes", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
-
-class Target(Spec):
-    """A machine an engine is built for: ``engines/targets/NAME.yaml``."""
-
-    name: str
-    description: str
-    backend: Literal["onnxruntime"]
-    providers: tuple[str, ...] = Field(min_length=1)
-    """ONNX Runtime execution providers, most wanted first; the first must be available."""
-    graph_optimization: Literal["basic", "extended", "all"] = "all"
-    threads: int = Field(0, ge=0)
-    """Threads inside an operator; 0 lets ONNX Runtime decide."""
-
-    @field_validator("providers", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value

@@ -14,7 +14,8 @@ import pydantic
 import yaml
 
 from infoprune_export.errors import InfopruneError
-from infoprune_export.recipe.delivery import Target
+from infoprune_export.recipe.delivery import EngineSpec
+from infoprune_export.recipe.targets import Target, TensorRtTarget, target_spec
 from infoprune_export.recipe.whole import Recipe
 
 
@@ -72,9 +73,27 @@ def variant_of(recipe: Recipe, variant: str) -> Recipe:
 
 
 def load_target(name: str) -> Target:
-    """Read a target by shipped name or path."""
+    """Read a target by shipped name or path.
+
+    Raises:
+        InfopruneError: no such file, not YAML, no such backend, unknown key, wrong type, value out of range.
+    """
     path = find_asset("targets", name)
-    return _check(Target, _read_mapping(path), path)
+    tree = _read_mapping(path)
+    try:
+        spec = target_spec(tree)
+    except ValueError as error:
+        raise InfopruneError(f"{path}: {error}") from None
+    target: Target = _check(spec, tree, path)
+    return target
+
+
+def engine_target(spec: EngineSpec) -> Target:
+    """The target that a recipe's engine section names, with the section's own settings in it."""
+    target = load_target(spec.target)
+    if isinstance(target, TensorRtTarget) and spec.plugin_library is not None:
+        return target.model_copy(update={"plugin_library": spec.plugin_library})
+    return target
 
 
 def assets(kind: Literal["recipes", "targets"]) -> dict[str, Path]:

@@ -7,7 +7,7 @@ import pytest
 from infoprune_export.engine import backend_of, open_engine
 from infoprune_export.errors import InfopruneError
 from infoprune_export.export.onnx import MODEL, export_onnx, golden_io
-from infoprune_export.recipe import Target, TokensSpec, load_target
+from infoprune_export.recipe import OnnxRuntimeTarget, TokensSpec, load_target
 
 CPU = load_target("onnxruntime-cpu")
 
@@ -87,7 +87,7 @@ def test_missing_and_damaged_engines_are_refused(tmp_path):
 
 
 def test_missing_provider_is_refused_with_the_install_command():
-    target = Target(
+    target = OnnxRuntimeTarget(
         name="t", description="", backend="onnxruntime", providers=("CUDAExecutionProvider", "CPUExecutionProvider")
     )
     import onnxruntime
