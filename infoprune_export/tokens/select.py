@@ -67,6 +67,27 @@ def token_select(
         exponent: gamma_q.
         epsilon: greedy stops at a residual of this fraction of the largest squared norm.
     """
+    settings = keep_numerator, keep_denominator, pool_factor, temperature, exponent, epsilon
+    if features.is_cuda:
+        from infoprune_export.tokens import cuda, kernel
+
+        if (kept := cuda.token_select(features, prior, counts, kernel.Settings(*settings))) is not None:
+            return kept
+    return select_by_pytorch(features, prior, counts, *settings)
+
+
+def select_by_pytorch(
+    features: Tensor,
+    prior: Tensor,
+    counts: Tensor,
+    keep_numerator: int,
+    keep_denominator: int,
+    pool_factor: float,
+    temperature: float,
+    exponent: float,
+    epsilon: float,
+) -> Tensor:
+    """`token_select` in PyTorch's own operators, which every device has."""
     size = features.shape[1]
     keep = keep_count(size, keep_numerator, keep_denominator)
     keeps = (counts * keep_numerator + (keep_denominator - 1)) // keep_denominator
