@@ -1,6 +1,7 @@
 """Portable bodies of the package's ONNX operators, as model-local functions of standard operators of opset 20.
 
-Loop states keep their shapes and loops have trip counts only: TensorRT's rules.
+TensorRT's rules: loop states keep their shapes, loops have trip counts only, and what is an extent or a trip count is
+computed from extents alone, never from a tensor's values or from the counter of a loop around it.
 """
 
 from __future__ import annotations
@@ -46,24 +47,24 @@ def TokenSelect(  # noqa: N802  (an ONNX operator name)
     block = op.Constant(value_ints=[64])
     minus_one = op.Constant(value_int=-1)
     past = op.Constant(value_ints=[2147483647])
-    # T = ceil(N * numerator / denominator); M = min(N, ceil(alpha T)); first for the longest row, then for each
+    # T = ceil(N * numerator / denominator); M = min(N, ceil(alpha T)); for the longest row, which gives extents, ...
     tokens = op.Shape(prior, start=1, end=2)
-    sizes = op.Concat(tokens, counts, axis=0)
+    numerator = op.Constant(value_int=keep_numerator)
     denominator = op.Constant(value_int=keep_denominator)
-    wanted = op.Mul(sizes, op.Constant(value_int=keep_numerator))
-    every_keep = op.Div(op.Add(op.Add(wanted, denominator), minus_one), denominator)
-    over = op.Ceil(op.Mul(op.Cast(every_keep, to=1), op.Constant(value_float=pool_factor)))
-    every_pool = op.Min(sizes, op.Cast(over, to=7))
-    keep = op.Slice(every_keep, axis0, axis1, axis0)
-    keeps = op.Unsqueeze(op.Slice(every_keep, axis1, past, axis0), axis1)
-    pool_size = op.Slice(every_pool, axis0, axis1, axis0)
-    pool_sizes = op.Unsqueeze(op.Slice(every_pool, axis1, past, axis0), axis1)
+    rounding = op.Add(denominator, minus_one)
+    factor_m = op.Constant(value_float=pool_factor)
+    keep = op.Div(op.Add(op.Mul(tokens, numerator), rounding), denominator)
+    pool_size = op.Min(tokens, op.Cast(op.Ceil(op.Mul(op.Cast(keep, to=1), factor_m)), to=7))
+    # ... and for each
+    own_tokens = op.Unsqueeze(counts, axis1)
+    keeps = op.Div(op.Add(op.Mul(own_tokens, numerator), rounding), denominator)
+    pool_sizes = op.Min(own_tokens, op.Cast(op.Ceil(op.Mul(op.Cast(keeps, to=1), factor_m)), to=7))
     # q = softmax(a / tau) ^ gamma_q; the pool is ranked on a
     # (false for NaN and infinity, which count as zero)
     largest = op.Constant(value_float=3.4028234663852886e38)
     a = op.Cast(prior, to=1)
     places = op.Range(first, op.Squeeze(tokens), one)
-    own = op.Less(places, op.Unsqueeze(counts, axis1))
+    own = op.Less(places, own_tokens)
     a = op.Where(own, op.Where(op.LessOrEqual(op.Abs(a), largest), a, zero), none)
     q = op.Pow(op.Softmax(op.Div(a, op.Constant(value_float=temperature)), axis=1), op.Constant(value_float=exponent))
     _, pool = op.TopK(a, pool_size, axis=1, largest=1, sorted=1)
@@ -81,22 +82,26 @@ def TokenSelect(  # noqa: N802  (an ONNX operator name)
     width = op.Shape(z, start=2, end=3)
     images = op.Unsqueeze(op.Range(first, op.Squeeze(batch), one), axis1)
     steps = op.Min(keep, width)
-    blocks = op.Squeeze(op.Div(op.Add(steps, op.Sub(block, axis1)), block))
+    # as many blocks as 64 pivots each need, but equally long ones; what the last has too many chooses nothing
+    blocks = op.Div(op.Add(steps, op.Sub(block, axis1)), block)
+    divided = op.Max(blocks, axis1)
+    length = op.Div(op.Add(steps, op.Sub(divided, axis1)), divided)
+    wanted = op.Min(keeps, steps)
     likely_size = op.Min(pool_size, op.Constant(value_ints=[96]))
     numbers = op.Expand(op.Range(first, op.Squeeze(likely_size), one), op.Concat(batch, axis1, likely_size, axis=0))
     nowhere = op.Expand(minus_one, op.Shape(free))
     empty = op.Expand(zero, op.Concat(batch, block, op.Add(pool_size, width), axis=0))
     weights_shape = op.Concat(batch, block, axis1, axis=0)
-    for outer in range(blocks):
-        done = op.Mul(outer, block)
-        left = op.Squeeze(op.Min(block, op.Sub(steps, done)))
-        wanted_here = op.Unsqueeze(op.Sub(keeps, done), axis1)
-        _, likely = op.TopK(free, likely_size, axis=2, largest=1, sorted=0)
+    trips = op.Squeeze(blocks)
+    inner_trips = op.Squeeze(length)
+    for outer in range(trips):
+        wanted_here = op.Unsqueeze(op.Sub(wanted, op.Mul(outer, length)), axis1)
+        _, likely = op.TopK(free, likely_size, axis=2, largest=1, sorted=1)
         vectors = op.GatherND(z, op.Transpose(likely, perm=[0, 2, 1]), batch_dims=1)
         rows = op.Concat(op.MatMul(vectors, op.Transpose(z, perm=[0, 2, 1])), vectors, axis=2)
         row_number = op.ScatterElements(nowhere, likely, numbers, axis=2)
         factor = op.Identity(empty)
-        for inner in range(left):
+        for inner in range(inner_trips):
             best = op.ReduceMax(free, axis2, keepdims=1)
             choosing = op.And(op.Greater(best, threshold), op.Less(inner, wanted_here))
             pivot = op.ArgMax(free, axis=2, keepdims=1)
