@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint clean tensorrt-bindings
 
 quickstart: $(STAMP)
 	$(BIN)/infoprune-export run quickstart
@@ -21,6 +21,15 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,dev]"
 	touch $@
+
+# For the tests marked tensorrt: three releases of TensorRT's Python bindings, which cannot live in one environment, the
+# plugin registry of the newest, and the compiler and assembler of CUDA. They carry NVIDIA's licence; nothing of them is
+# copied.
+tensorrt-bindings: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/tensorrt/10.3.0 tensorrt_cu12_bindings==10.3.0
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/tensorrt/10.16.1 tensorrt_cu13_bindings==10.16.1.11
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/tensorrt/11.4.0 tensorrt_cu13_bindings==11.4.0.106 tensorrt_lean_cu13_libs==11.4.0.106
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/tensorrt/cuda nvidia-cuda-nvcc==13.5.37 nvidia-cuda-nvrtc==13.5.37
 
 clean:
 	rm -rf $(VENV) runs build dist
