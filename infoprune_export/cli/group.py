@@ -47,11 +47,11 @@ def main() -> None:
 # ── Options ──────────────────────────────────────────────────────────────────
 
 
-def takes_recipe(command: Command) -> Command:
+def takes_recipe(command: Command, *, required: bool = True) -> Command:
     """RECIPE, --set, --output, --device, --force."""
     for decorate in reversed(
         (
-            click.argument("recipe"),
+            click.argument("recipe", required=required),
             click.option(
                 "--set",
                 "overrides",
@@ -107,7 +107,8 @@ def bring_up_to(
 
     with progress_bar() as progress:
         run = Run(checked, output or Path("runs") / checked.name, progress)
-        check_everything(run, exporting="onnx" in order(STAGES, last))
+        ahead = order(STAGES, last)
+        check_everything(run, exporting="onnx" in ahead, building="engine" in ahead, timing="bench" in ahead)
         return execute(run, STAGES, last, force=force)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -26,7 +27,8 @@ def real_size(only: str | None, rounds: int, file: Path | None) -> None:
     in INT8, against the dense tower in one interleaved run on one CPU thread. Select: this package's operator against
     Algorithm 1 as it is printed, Gram-Schmidt and pivoted QR. Compress: half of Qwen2-VL-7B's FFN by the default method
     on 64 images, and the spectral terms of gate training; takes long. Needs 12 GiB of memory. Gpu: Qwen2-VL-7B's tower
-    in fp16, dense against half of its heads and neurons, in ONNX Runtime's CUDA provider and in torch.compile.
+    in fp16, dense against half of its heads and neurons, in ONNX Runtime's CUDA provider and in torch.compile;
+    and the token selection kernel against PyTorch's operators.
 
     \b
     Example:
@@ -38,9 +40,9 @@ def real_size(only: str | None, rounds: int, file: Path | None) -> None:
     from infoprune_export.console import tracker, wide_console
     from infoprune_export.models.zoo import REAL
     from infoprune_export.recipe import BenchSpec, load_target
-    from infoprune_export.validate import compress_cost, export_cost, gpu_speed, real_size, select_bench
+    from infoprune_export.validate import compress_cost, export_cost, gpu_speed, real_size, select_bench, select_gpu
 
-    console, result = wide_console(), {}
+    console, result = wide_console(), dict[str, Any]()
     if only in (None, "export"):
         costs = [(name, dtype) for name in REAL for dtype in ("float32", "float16")]
         with console.status("exporting"):
@@ -65,7 +67,10 @@ def real_size(only: str | None, rounds: int, file: Path | None) -> None:
         with progress_bar() as progress:
             advance = tracker(progress)("loads", len(gpu_speed.LOADS))
             result["gpu"] = gpu_speed.gpu_speed(rounds, on_load=lambda _: advance(1))
+            ahead = tracker(progress)("selections", len(select_bench.SIZES) * len(select_gpu.BATCHES))
+            result["select_gpu"] = select_gpu.select_gpu(rounds, on_row=lambda: ahead(1))
         console.print(gpu_speed.render(result["gpu"]))
+        console.print(select_gpu.render(result["select_gpu"]))
     write_json(file, result)
 
 

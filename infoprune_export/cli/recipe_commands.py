@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -97,14 +98,25 @@ def build(target: str | None, overrides: tuple[str, ...], **options: Any) -> Non
 
 
 @main.command()
-@takes_recipe
-def validate(**options: Any) -> None:
+@partial(takes_recipe, required=False)
+@click.option(
+    "--kit-report",
+    type=click.Path(path_type=Path),
+    help="Read back the report.json of a kit instead. It is checked against the run of RECIPE or --output, where one "
+    "is given, or the kit it lies in.",
+)
+def validate(kit_report: Path | None, **options: Any) -> None:
     """Compare original, compressed, ONNX and engine, and end with the verdict.
 
     \b
     Example:
       infoprune-export validate quickstart --set validate.max_accuracy_drop=2
+      infoprune-export validate --kit-report kit/report.json
     """
+    if kit_report is not None:
+        _end_with_kit_report(kit_report, **options)
+    if options["recipe"] is None:
+        raise click.UsageError("Missing argument 'RECIPE'.")
     folder = bring_up_to("validation", **options)
     from infoprune_export.console import print_validation
 
@@ -221,6 +233,29 @@ def _end_with_verdict(validation: Path) -> None:
     verdict = json.loads((validation / "validation.json").read_text(encoding="utf-8"))["verdict"]
     click.echo(f"verdict: {verdict}")
     sys.exit(0 if verdict == "PASS" else 1)
+
+
+def _end_with_kit_report(
+    report: Path,
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    output: Path | None,
+    device: str | None,
+    force: bool,
+) -> NoReturn:
+    from infoprune_export.console import wide_console
+    from infoprune_export.validate.kit_report import conclusion, read_report, render
+
+    run = output
+    if run is None and recipe is not None:
+        run = Path("runs") / read(recipe, overrides, device).name
+    found = read_report(report, run)
+    console = wide_console()
+    for table in render(found):
+        console.print(table)
+    click.echo(conclusion(found))
+    click.echo(f"verdict: {found.verdict}")
+    sys.exit(0 if found.verdict == "PASS" else 1)
 
 
 def _bench_real_size(
