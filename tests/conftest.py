@@ -11,14 +11,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run, with the reason."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="Run the tests that go through every combination, too.")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, or was not asked to, with the reason."""
     import torch
 
-    skip_gpu = None if torch.cuda.is_available() else pytest.mark.skip(reason="no CUDA device on this machine")
+    reasons = {}
+    if not torch.cuda.is_available():
+        reasons["gpu"] = "no CUDA device on this machine"
+    if not config.getoption("--exhaustive"):
+        reasons["exhaustive"] = "takes minutes; give --exhaustive"
     for item in items:
-        if skip_gpu and item.get_closest_marker("gpu"):
-            item.add_marker(skip_gpu)
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -28,6 +28,9 @@ def test_wheel_carries_recipes_targets_template_and_testbed(wheel):
     for expected in (
         "infoprune_export/assets/recipes/quickstart.yaml",
         "infoprune_export/assets/targets/onnxruntime-cpu.yaml",
+        "infoprune_export/assets/targets/jetson-orin-jp62.yaml",
+        "infoprune_export/assets/token_select/token_select.ptx",
+        "infoprune_export/assets/kit/verify.py",
         "infoprune_export/validate/report.html.j2",
         "infoprune_export/analysis/analysis.html.j2",
         "infoprune_export/data/checkpoints/tiny-llava/model.safetensors",

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from infoprune_export.pipeline import Stage
@@ -31,6 +32,7 @@ from infoprune_export.stages.compress import (
     make_language,
 )
 from infoprune_export.stages.deliver import (
+    int8_scheme,
     make_bench,
     make_engine,
     make_onnx,
@@ -66,10 +68,24 @@ def _decoder_slice(recipe: Recipe) -> dict[str, Any]:
     return {name: tree[name] for name in ("decoder", "tokens") if name == "decoder" or recipe.decoder.finds_layer}
 
 
-def _target_slice(recipe: Recipe) -> dict[str, Any]:
-    from infoprune_export.recipe import load_target
+def _onnx_slice(recipe: Recipe) -> dict[str, Any]:
+    chosen: dict[str, Any] = _sections("tokens", "export", "seed")(recipe)
+    if recipe.export.quantization == "int8":
+        chosen["int8_scheme"] = int8_scheme(recipe)
+    return chosen
 
-    return {"target": load_target(recipe.engine.target).model_dump(mode="json")}
+
+def _target_slice(recipe: Recipe) -> dict[str, Any]:
+    from infoprune_export.artifacts import sha256_file
+    from infoprune_export.recipe import TensorRtTarget, engine_target
+
+    target = engine_target(recipe.engine)
+    chosen: dict[str, Any] = {"target": target.model_dump(mode="json")}
+    if isinstance(target, TensorRtTarget):
+        chosen["built_for"] = {name: recipe.to_dict()["engine"][name] for name in ("images", "image_sizes")}
+        if target.plugin_library is not None and Path(target.plugin_library).is_file():
+            chosen["plugin"] = sha256_file(Path(target.plugin_library))
+    return chosen
 
 
 STAGES: dict[str, Stage] = {
@@ -111,7 +127,7 @@ STAGES: dict[str, Stage] = {
             _sections("tokens", "decoder", "seed"),
             make_accuracy,
         ),
-        Stage("onnx", "ONNX exported", ("data", "checkpoint"), _sections("tokens", "export", "seed"), make_onnx),
+        Stage("onnx", "ONNX exported", ("data", "checkpoint"), _onnx_slice, make_onnx),
         Stage("engine", "engine built", ("onnx",), _target_slice, make_engine),
         Stage(
             "validation",

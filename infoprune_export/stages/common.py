@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from infoprune_export.artifacts import canonical_json
 from infoprune_export.errors import InfopruneError
 from infoprune_export.pipeline import Run, load_vlm
-from infoprune_export.recipe import DecoderSpec, ModelSpec, TokensSpec, variant_of
+from infoprune_export.recipe import DecoderSpec, ModelSpec, Recipe, TokensSpec, variant_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,10 +27,11 @@ LAYER = "layer.json"
 # ── Shared by stages ─────────────────────────────────────────────────────────
 
 
-def check_everything(run: Run, *, exporting: bool = True) -> None:
+def check_everything(run: Run, *, exporting: bool = True, building: bool = True, timing: bool = False) -> None:
     """Refuse, before anything is written, what would fail later: model, data, target, backend, device.
 
-    With ``exporting`` also a selection method that no graph can hold.
+    With ``exporting`` also a selection method that no graph can hold, with ``building`` an engine that this machine
+    cannot build, with ``timing`` a target that latency cannot be measured for.
 
     A run that starts from nothing also loads the model, which it needs anyway, and puts the user's images through its
     processor, so that a missing tensor or a damaged image leaves no folder behind.
@@ -39,7 +40,6 @@ def check_everything(run: Run, *, exporting: bool = True) -> None:
         InfopruneError: the first thing that is wrong.
     """
     from infoprune_export.data import dataset
-    from infoprune_export.engine import backend_of
     from infoprune_export.heads.train import check_training
     from infoprune_export.language.compress import check_language
     from infoprune_export.models.vlm import check_model
@@ -50,7 +50,7 @@ def check_everything(run: Run, *, exporting: bool = True) -> None:
     dataset.check(run.recipe.data)
     if exporting:
         check_exported(run.recipe.tokens)
-    backend_of(run.target)
+    check_target(run.recipe, building=building, timing=timing)
     _ = run.device
     if any(run.folder.glob("*/manifest.json")):
         return
@@ -73,6 +73,19 @@ def check_everything(run: Run, *, exporting: bool = True) -> None:
         for sample in samples:
             inputs_of(vlm, [sample])
             advance(1)
+
+
+def check_target(recipe: Recipe, *, building: bool, timing: bool) -> None:
+    """Refuse a target that this machine has no backend for; one for TensorRT only where an engine is built here."""
+    from infoprune_export.engine import backend_of
+    from infoprune_export.engine.onnxruntime import runtime_target
+    from infoprune_export.recipe import TensorRtTarget, engine_target
+
+    target = engine_target(recipe.engine)
+    if building or not isinstance(target, TensorRtTarget):
+        backend_of(target).check_recipe(recipe, target)
+    if timing:
+        runtime_target(target)
 
 
 def check_exported(spec: TokensSpec) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infoprune_export.artifacts import canonical_json
 from infoprune_export.pipeline import Run, execute
-from infoprune_export.recipe import variant_of
+from infoprune_export.recipe import OnnxRuntimeTarget, Recipe, Target, TensorRtTarget, engine_target, variant_of
 from infoprune_export.stages.budget import ALLOCATION
 from infoprune_export.stages.common import open_checkpoint, read_decoder, read_json, read_plans
 from infoprune_export.stages.recovery import HISTORY, compressed_tower, read_recovery
@@ -17,9 +18,13 @@ from infoprune_export.stages.recovery import HISTORY, compressed_tower, read_rec
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from infoprune_export.engine.tensorrt.profiles import Profile
+    from infoprune_export.export.quantize import Scheme
     from infoprune_export.models.tower import Form
 
 GOLDEN = "golden.safetensors"
+SERVING = "serving"
+"""Folder in an engine's, for servers."""
 
 # ── Export and engine ────────────────────────────────────────────────────────
 
@@ -44,10 +49,18 @@ def make_onnx(run: Run, folder: Path) -> None:
         (folder / "compressed").mkdir()
         from infoprune_export.export.quantize import quantize_int8
 
-        quantize_int8(folder / "float", folder / "compressed", _calibration_feeds(run, form))
+        feeds = _calibration_feeds(run, form)
+        quantize_int8(folder / "float", folder / "compressed", feeds, scheme=int8_scheme(run.recipe))
         shutil.rmtree(folder / "float")
     golden = golden_io(compressed.tower, tokens, images=2, seed=run.recipe.seed, several=form.several)
     save_file(golden, folder / GOLDEN)
+
+
+def int8_scheme(recipe: Recipe) -> Scheme:
+    """How INT8 activations are quantized for the recipe's target."""
+    if recipe.export.int8_scheme != "auto":
+        return recipe.export.int8_scheme
+    return "tensorrt" if isinstance(engine_target(recipe.engine), TensorRtTarget) else "cpu"
 
 
 def _calibration_feeds(run: Run, form: Form) -> Iterator[dict[str, NDArray[Any]]]:
@@ -63,16 +76,55 @@ def _calibration_feeds(run: Run, form: Form) -> Iterator[dict[str, NDArray[Any]]
 
 
 def make_engine(run: Run, folder: Path) -> None:
-    """Build for the target and run it once on the golden inputs."""
+    """Build for the target and run it once on the golden inputs, if it is built for so many and such images."""
     from safetensors.numpy import load_file
 
     from infoprune_export.engine import backend_of
     from infoprune_export.export.onnx import MODEL
 
-    source = run.folder_of("onnx")
-    engine = backend_of(run.target).build(source / "compressed" / MODEL, folder, run.target)
+    source, target = run.folder_of("onnx"), engine_target(run.recipe.engine)
+    profile = _profile(run) if isinstance(target, TensorRtTarget) else None
+    engine = backend_of(target).build(
+        source / "compressed" / MODEL, folder, target, profile=profile, progress=run.progress
+    )
+    _write_serving(run, folder, source / "compressed" / MODEL, target, profile)
     golden = load_file(source / GOLDEN)
-    engine.run(**{name: golden[name].astype(dtype) for name, dtype in engine.input_types().items()})
+    inputs = {name: golden[name].astype(dtype) for name, dtype in engine.input_types().items()}
+    if problem := engine.covers({name: value.shape for name, value in inputs.items()}):
+        run.progress.console.print(f"not run on the golden inputs: {problem}", markup=False, style="yellow")
+        return
+    engine.run(**inputs)
+
+
+def _write_serving(run: Run, folder: Path, model: Path, target: Target, profile: Profile | None) -> None:
+    """A Triton model repository with the engine in it, and DeepStream's configuration where it can feed the encoder."""
+    from infoprune_export.engine import onnxruntime, serving
+    from infoprune_export.engine.tensorrt.build import PLAN, PLUGIN
+
+    inputs, outputs = serving.tensors_of(model)
+    served = serving.Serving(
+        run.recipe.name,
+        inputs,
+        outputs,
+        gpu=not isinstance(target, OnnxRuntimeTarget) or target.providers[0] != "CPUExecutionProvider",
+        plugin=(folder / PLUGIN).is_file(),
+        normalisation=serving.normalisation_of(run.original_on_cpu.processor),
+    )
+    if profile is None:
+        serving.write_serving(folder / SERVING, served, "onnxruntime_onnx", folder / onnxruntime.ENGINE)
+    else:
+        served = replace(served, batches=serving.batches_of(profile, inputs))
+        serving.write_serving(folder / SERVING, served, "tensorrt_plan", folder / PLAN)
+
+
+def _profile(run: Run) -> Profile:
+    """Shapes of the recipe's engine section; structure does not change them."""
+    from infoprune_export.engine.tensorrt.profiles import profile_of
+    from infoprune_export.tokens.encoder import form_of
+
+    tower = run.original_on_cpu.tower
+    form = form_of(tower, run.recipe.tokens, run.recipe.export.several)
+    return profile_of(tower, form, run.recipe.engine)
 
 
 # ── Validation, bench, report ────────────────────────────────────────────────
@@ -91,12 +143,11 @@ def _subject(run: Run) -> Any:
     from infoprune_export.engine.onnxruntime import OnnxRuntimeEngine, open_session
     from infoprune_export.export.onnx import MODEL
     from infoprune_export.models.vlm import writable_copy
-    from infoprune_export.recipe import Target
     from infoprune_export.validate.verdict import Subject
 
     heads, head_weights, ffn, ffn_weights = read_plans(run)
     # The exported file is judged on the portable provider, the engine on its own.
-    portable = Target(
+    portable = OnnxRuntimeTarget(
         name="onnx",
         description="the exported file",
         backend="onnxruntime",
