@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib.resources
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from infoprune_export.errors import InfopruneError
 from infoprune_export.recipe.delivery import EngineSpec
 from infoprune_export.recipe.targets import Target, TensorRtTarget, target_spec
 from infoprune_export.recipe.whole import Recipe
+from infoprune_export.shipped import shipped_folder
 
 
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -97,11 +97,9 @@ def engine_target(spec: EngineSpec) -> Target:
 
 
 def assets(kind: Literal["recipes", "targets"]) -> dict[str, Path]:
-    """Shipped YAML files by name: from the installed package, or from the source tree."""
-    package = Path(str(importlib.resources.files("infoprune_export")))
-    source = {"recipes": package.parent / "recipes", "targets": package.parent / "engines" / "targets"}[kind]
-    folder = next((f for f in (package / "assets" / kind, source) if f.is_dir()), source)
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
+    """Shipped YAML files by name."""
+    files = shipped_folder(kind).glob("*.yaml")
+    return {path.stem: path for path in sorted(files, key=lambda path: path.stem)}
 
 
 def find_asset(kind: Literal["recipes", "targets"], name: str | Path) -> Path:

@@ -7,7 +7,6 @@ divisions and minima, which symbols have too. ``engines/token_select/token_selec
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 import math
 import struct
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from infoprune_export.shipped import shipped_folder
 from infoprune_export.tokens.select import EPSILON
 
 THREADS = 512
@@ -120,19 +120,12 @@ def refusal(tokens: int, width: int, settings: Settings) -> str | None:
 # ── Files ────────────────────────────────────────────────────────────────────
 
 
-def source_folder() -> Path:
-    """``engines/token_select``: of the installed package, or of the source tree."""
-    package = Path(str(importlib.resources.files("infoprune_export")))
-    shipped = package / "assets" / "token_select"
-    return shipped if shipped.is_dir() else package.parent / "engines" / "token_select"
-
-
 def source_hash(folder: Path | None = None) -> str:
     """The sha256 of the kernel's source, which its PTX names."""
-    source = (folder or source_folder()) / "token_select.cuh"
+    source = (folder or shipped_folder("token_select")) / "token_select.cuh"
     return hashlib.sha256(source.read_bytes()).hexdigest()
 
 
 def read_ptx() -> str:
     """The kernels for every GPU since compute capability 7.5, as text that its driver compiles."""
-    return (source_folder() / "token_select.ptx").read_text(encoding="ascii")
+    return (shipped_folder("token_select") / "token_select.ptx").read_text(encoding="ascii")

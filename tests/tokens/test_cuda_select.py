@@ -13,6 +13,7 @@ import pytest
 import torch
 from selections import KINDS, image, padded, vectors
 
+from infoprune_export.shipped import shipped_folder
 from infoprune_export.tokens import cuda, kernel
 from infoprune_export.tokens.kernel import Settings
 from infoprune_export.tokens.reference import replay
@@ -57,7 +58,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("no C++ compiler on this machine")
     folder = tmp_path_factory.mktemp("driver")
     source, library = folder / "driver.cpp", folder / "driver.so"
-    source.write_text(DRIVER.format(source=kernel.source_folder() / "token_select.cuh"))
+    source.write_text(DRIVER.format(source=shipped_folder("token_select") / "token_select.cuh"))
     subprocess.run([compiler, "-std=c++17", "-O2", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
     return cuda._driver(str(library))
 

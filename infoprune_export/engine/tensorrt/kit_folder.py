@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infoprune_export.artifacts import MANIFEST
 from infoprune_export.errors import InfopruneError
+from infoprune_export.shipped import shipped_folder
 
 if TYPE_CHECKING:
     from infoprune_export.recipe import Route, TensorRtTarget
@@ -38,18 +38,11 @@ def check_kit(target: TensorRtTarget, folder: Path, *, force: bool) -> None:
 
 def copy_scripts(route: Route, kit: Path) -> None:
     """Put the scripts, and the plugin's source where the route needs it, into a kit."""
-    scripts = _shipped("kit", "kit")
+    scripts = shipped_folder("kit")
     for name in SCRIPTS:
         shutil.copyfile(scripts / name, kit / name)
     if route == "plugin":
         (kit / PLUGIN).mkdir()
-        for path in sorted(_shipped("token_select", "token_select").iterdir()):
+        for path in sorted(shipped_folder("token_select").iterdir()):
             if path.suffix in _SOURCES:
                 shutil.copyfile(path, kit / PLUGIN / path.name)
-
-
-def _shipped(asset: str, name: str) -> Path:
-    """A folder of ``engines``: from the installed package, or from the source tree."""
-    package = Path(str(importlib.resources.files("infoprune_export")))
-    installed = package / "assets" / asset
-    return installed if installed.is_dir() else package.parent / "engines" / name

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from selections import KINDS, image, padded, vectors
 from wheels import REPOSITORY, compiler, unpacked
 
+from infoprune_export.shipped import shipped_folder
 from infoprune_export.tokens import kernel, reference
 from infoprune_export.tokens.kernel import Settings
 from infoprune_export.tokens.select import keep_count, pool_count
@@ -38,7 +39,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The kernel's source, compiled for this machine."""
     folder = tmp_path_factory.mktemp("kernel")
     source, binary = folder / "kernel.cpp", folder / "kernel.so"
-    source.write_text(f'#include "{kernel.source_folder() / "token_select.cuh"}"\n')
+    source.write_text(f'#include "{shipped_folder("token_select") / "token_select.cuh"}"\n')
     options = ["-std=c++17", "-DTOKEN_SELECT_HOST", "-O2", "-shared", "-fPIC"]
     subprocess.run([compiler("c++", "g++", "clang++"), *options, str(source), "-o", str(binary)], check=True)
     loaded = ctypes.CDLL(str(binary))
@@ -322,7 +323,7 @@ def test_the_ptx_assembles_without_spills(tmp_path: Path, architecture: int):
     ptxas = unpacked("ptxas", "nvidia-cuda-nvcc")
     ptxas.chmod(0o755)
     output = tmp_path / "kernel.cubin"
-    command = [str(ptxas), "-v", f"-arch=sm_{architecture}", str(kernel.source_folder() / "token_select.ptx")]
+    command = [str(ptxas), "-v", f"-arch=sm_{architecture}", str(shipped_folder("token_select") / "token_select.ptx")]
     result = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True, check=True)
     assert output.stat().st_size > 0
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
@@ -348,7 +349,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.tensorrt
 def test_the_source_compiles_to_the_shipped_ptx(script: ModuleType):
     nvrtc = script.load_nvrtc(unpacked("libnvrtc.so.13", "nvidia-cuda-nvrtc").parent)
-    ptx = script.compile_ptx(nvrtc, (kernel.source_folder() / "token_select.cuh").read_bytes())
+    ptx = script.compile_ptx(nvrtc, (shipped_folder("token_select") / "token_select.cuh").read_bytes())
     _, shipped = kernel.read_ptx().split("\n", 1)
     if "V13.5." not in ptx:
         pytest.skip("the shipped PTX is NVRTC 13.5's, another one is unpacked")
