@@ -27,7 +27,7 @@ from infoprune_export.recipe import Recipe, assets
 
 ROOT = Path(__file__).parent.parent
 TAKES_RECIPE = "run train-gates compress-ffn rewrite export build validate bench first-token report".split()
-OTHERS = "recipes doctor parity real-size compare-tokens compare-structure front analyse".split()
+OTHERS = "recipes doctor parity real-size compare-tokens compare-structure front analyse kit lint".split()
 SMALL = "data.calibration_images=4 data.validation_questions=4 heads.epochs=1 ffn.method=none variants={}".split()
 
 
@@ -123,7 +123,7 @@ def test_every_command_has_help_with_examples_that_parse(name):
         assert verb == name
         command = main.commands[verb]
         with command.make_context(verb, arguments) as context:
-            if "recipe" in context.params:
+            if context.params.get("recipe") is not None:
                 read(context.params["recipe"], context.params["overrides"], context.params["device"])
 
 

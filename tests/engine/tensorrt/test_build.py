@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import threading
-import time
 
 import numpy as np
 import onnx
@@ -264,15 +263,17 @@ def test_phases_are_shown_one_below_the_other_and_gone_afterwards(machine, model
     assert progress.tasks == []
 
 
-def test_ctrl_c_ends_the_build_at_its_next_step(machine, model, folder):
+def test_ctrl_c_ends_the_build_at_its_next_step(machine, model, folder, monkeypatch):
     build_engine(model, folder, target_of(NEW), PROFILE)
     before = {path: path.read_bytes() for path in folder.iterdir()}
     machine.steps.clear()
+    cancelled = threading.Event()
+    monkeypatch.setattr(build, "Event", lambda: cancelled)
 
     def interrupt():
         if len(machine.steps) == 1:
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.3)  # for the main thread, which waits, to hear of it
+            assert cancelled.wait(30), "the main thread, which waits, never heard of it"
 
     machine.on_step = interrupt
     with pytest.raises(KeyboardInterrupt):
