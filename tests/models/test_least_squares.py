@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from infoprune_export.models import least_squares
 from infoprune_export.models.least_squares import AffineFit
 
 Rows = tuple[torch.Tensor, torch.Tensor]
@@ -78,6 +79,18 @@ def test_covariance_is_centred_and_divided_by_the_count():
     x, y = rows(offset=7.0)
     expected = np.cov(x.numpy().T, bias=True)
     np.testing.assert_allclose(fitted(x, y).covariance().numpy(), expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("stripe", [1, 2, 4, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_stripes_make_the_whole_matrix(monkeypatch, stripe, dtype):
+    monkeypatch.setattr(least_squares, "_STRIPE", stripe)
+    x, y = rows()
+    fit = AffineFit(5, 3, dtype)
+    for start in (0, 30):
+        fit.update(x[start : start + 30].to(dtype), y[start : start + 30].to(dtype))
+    covariance = fit.covariance()
+    np.testing.assert_allclose(covariance.numpy(), np.cov(x.numpy().T, bias=True), rtol=1e-5, atol=1e-6)
 
 
 def test_half_precision_rows_are_summed_in_more():

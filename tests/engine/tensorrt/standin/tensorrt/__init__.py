@@ -12,6 +12,7 @@ enums are enums, shapes must lie in the profile. Environment variables plant fau
 
 from __future__ import annotations
 
+import abc
 import ctypes
 import enum
 import hashlib
@@ -55,11 +56,12 @@ _TYPES = {
 }
 
 
-class ILogger:
+class ILogger(abc.ABC):
     Severity = _Severity
 
+    @abc.abstractmethod
     def log(self, severity: _Severity, msg: str) -> None:
-        raise NotImplementedError
+        """Take a message; whoever inherits says how."""
 
 
 class Logger(ILogger):
