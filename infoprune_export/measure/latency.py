@@ -1,68 +1,158 @@
-"""Paired latency: alternatives take turns in one process, so that drift of the machine hits all of them alike."""
+"""Paired latency: alternatives take turns in one process, so that drift of the machine hits all of them alike.
+
+A *round* calls every alternative once. Rounds come in pairs, a random order and its reverse: over a pair nobody is
+first more often, and no order repeats itself in step with something periodic. Rounds go on in batches until the
+intervals of the ratios are narrow, or a limit is reached; batches grow by half, because each look at an interval is
+another chance to stop on a lucky one.
+"""
 
 from __future__ import annotations
 
-import os
-import platform
+import gc
+import math
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
+from infoprune_export.measure.results import Stopped
+from infoprune_export.measure.statistics import paired_ratio, relative_width
+
+Floats = NDArray[np.float64]
+Calls = Mapping[str, Callable[[], object]]
+Clock = Callable[[Callable[[], object]], float]
+"""Runs a call to its end and says how many milliseconds it took."""
+
+
+def wall_clock(call: Callable[[], object]) -> float:
+    """Of the host. The call must have finished when it returns (synchronise a GPU inside it)."""
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1000
+
+
+def cuda_clock(call: Callable[[], object]) -> float:
+    """Between two events on the device, which is idle when the first is recorded.
+
+    The call may use streams of its own if it has finished on them when it returns, as ONNX Runtime's IO binding does.
+    """
+    import torch
+
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]],
+    calls: Calls,
     *,
     rounds: int,
     warmup: int,
     on_round: Callable[[int], None] = lambda index: None,
-) -> dict[str, NDArray[np.float64]]:
-    """Wall-clock milliseconds of every call in every round, [rounds] each.
-
-    Each round calls every alternative once; the order is reversed in every other round, so that none is always the one
-    that finds the caches warm. Calls must have finished when they return (synchronise a GPU inside the call).
-    """
+    clock: Clock = wall_clock,
+) -> dict[str, Floats]:
+    """Milliseconds of every call in every round, [rounds] each."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for index in range(-warmup, rounds):
-        for name in list(calls) if index % 2 == 0 else reversed(list(calls)):
-            start = time.perf_counter()
-            calls[name]()
-            if index >= 0:
-                times[name].append((time.perf_counter() - start) * 1000)
+    for index, taken in islice(_rounds(calls, warmup, clock), warmup + rounds):
+        if index >= 0:
+            for name, value in taken.items():
+                times[name].append(value)
         on_round(index)
     return {name: np.array(values) for name, values in times.items()}
 
 
-def percentiles(times: NDArray[np.float64]) -> dict[str, float]:
-    """p50, p90 and p99, in the unit of `times`."""
-    return {f"p{q}": float(np.percentile(times, q)) for q in (50, 90, 99)}
+@dataclass(frozen=True)
+class Limits:
+    """When rounds end."""
+
+    rounds: int
+    """That are made in any case."""
+    max_rounds: int
+    max_seconds: float
+    """Warm-up is not counted."""
+    max_interval: float
+    """Relative width of every ratio's 95% interval."""
+    warmup: int
 
 
-def paired_ratio(slow: NDArray[np.float64], fast: NDArray[np.float64], *, seed: int = 0) -> dict[str, float]:
-    """Median of the round-by-round ratios slow / fast, with a 95% bootstrap interval (2,000 resamples of rounds)."""
-    ratios = slow / fast
-    picks = np.random.default_rng(seed).integers(len(ratios), size=(2000, len(ratios)))
-    low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
-    return {"median": float(np.median(ratios)), "low": float(low), "high": float(high)}
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds [rounds] of every alternative, and why there are no more."""
+
+    times: dict[str, Floats]
+    stopped: Stopped
+
+    @property
+    def rounds(self) -> int:
+        return len(next(iter(self.times.values())))
 
 
-def machine() -> dict[str, Any]:
-    """What a latency figure depends on and no library version shows."""
-    model = platform.processor() or platform.machine()
-    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
-    return {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "governor": governor.read_text(encoding="utf-8").strip() if governor.is_file() else "not reported",
-        "system": f"{platform.system()} {platform.release().split('-')[0]}",
-    }
+def until_narrow(
+    calls: Calls,
+    reference: str,
+    limits: Limits,
+    *,
+    on_round: Callable[[int], None] = lambda index: None,
+    clock: Clock = wall_clock,
+) -> Timing:
+    """Rounds until the ratio of `reference` to every other alternative is known to `limits.max_interval`.
+
+    ``stopped`` says whether it is, and which limit was reached if not.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+
+    def narrow() -> bool:
+        first = np.array(times[reference])
+        return all(
+            relative_width(paired_ratio(first, np.array(values))) <= limits.max_interval
+            for name, values in times.items()
+            if name != reference
+        )
+
+    look, began = limits.rounds, time.monotonic()
+    stopped: Stopped = "rounds"
+    for index, taken in _rounds(calls, limits.warmup, clock):
+        if index >= 0:
+            for name, value in taken.items():
+                times[name].append(value)
+        on_round(index)
+        done = index + 1
+        if done <= 0:
+            began = time.monotonic()
+            continue
+        late = done >= limits.rounds and time.monotonic() - began >= limits.max_seconds
+        if done < look and not late:
+            continue
+        if narrow():
+            stopped = "narrow"
+            break
+        if late or done >= limits.max_rounds:
+            stopped = "time" if late else "rounds"
+            break
+        look = min(limits.max_rounds, math.ceil(done * 1.5 / 2) * 2)
+    return Timing({name: np.array(values) for name, values in times.items()}, stopped)
+
+
+def _rounds(calls: Calls, warmup: int, clock: Clock) -> Iterator[tuple[int, dict[str, float]]]:
+    """Rounds without end, from ``-warmup`` on; what Python's garbage collector would do meanwhile waits."""
+    rng = np.random.default_rng(0)
+    order = list(calls)
+    index = -warmup
+    while True:
+        order = order[::-1] if index % 2 else rng.permutation(list(calls)).tolist()
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            taken = {name: clock(calls[name]) for name in order}
+        finally:
+            if collecting:
+                gc.enable()
+        yield index, taken
+        index += 1

@@ -103,16 +103,44 @@ class ValidateSpec(Spec):
         return tuple(value) if isinstance(value, list) else value
 
 
+PeerName = Literal["eager", "compile", "transformers", "openvino"]
+"""Names of `validate.peers.PEERS`."""
+
+
 class BenchSpec(Spec):
     """Latency, original against compressed, interleaved in one process."""
 
     batch_sizes: Sizes = (1, 16)
     rounds: int = Field(30, ge=3)
+    """That are made in any case; a round runs everything once."""
+    max_interval: float = Field(0.05, gt=0)
+    """Rounds go on until the 95% interval of every ratio is at most this wide, relative to the ratio."""
+    max_rounds: int | None = Field(None, ge=3)
+    """At most so many. Ten times ``rounds`` by default."""
+    max_seconds: float = Field(120.0, gt=0)
+    """At most so long for a batch size, once ``rounds`` are made."""
     warmup: int = Field(3, ge=0)
     threads: int = Field(1, ge=1)
     """CPU threads inside an operator. One, because small pruned GEMMs scale worse than large ones."""
+    against: Annotated[tuple[PeerName, ...], BeforeValidator(tuple_of_list)] = ()
+    """Other ways to run the encoder, timed in the same rounds, their outputs checked against PyTorch first."""
+    memory: bool = False
+    """Also measure the memory of every side, each in a process of its own."""
 
     @field_validator("batch_sizes", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _limits_fit(self) -> BenchSpec:
+        if self.max_rounds is not None and self.max_rounds < self.rounds:
+            raise ValueError(f"max_rounds {self.max_rounds} is less than rounds {self.rounds}; raise it or lower rounds")
+        if len(set(self.against)) < len(self.against):
+            raise ValueError(f"against {list(self.against)}: name each once")
+        return self
+
+    @property
+    def most_rounds(self) -> int:
+        """`max_rounds`, or its default."""
+        return 10 * self.rounds if self.max_rounds is None else self.max_rounds

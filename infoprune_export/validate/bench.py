@@ -15,7 +15,9 @@ from infoprune_export.artifacts import library_versions
 from infoprune_export.engine.onnxruntime import feed_of, open_session
 from infoprune_export.export.onnx import MODEL
 from infoprune_export.measure.flops import count_flops
-from infoprune_export.measure.latency import interleaved, machine, paired_ratio, percentiles
+from infoprune_export.measure.latency import interleaved
+from infoprune_export.measure.machine import machine
+from infoprune_export.measure.statistics import paired_ratio, percentiles
 from infoprune_export.models.tower import Planned, VisionTower
 from infoprune_export.recipe import BenchSpec, Target, TokensSpec
 from infoprune_export.tokens.encoder import VisionEncoder

@@ -26,7 +26,9 @@ from torch import Tensor
 
 from infoprune_export.artifacts import library_versions
 from infoprune_export.errors import InfopruneError
-from infoprune_export.measure.latency import interleaved, machine, paired_ratio, percentiles
+from infoprune_export.measure.latency import interleaved
+from infoprune_export.measure.machine import machine
+from infoprune_export.measure.statistics import paired_ratio, percentiles
 from infoprune_export.models.vlm import VLM, Decoding, VisualTokens, answer
 from infoprune_export.recipe import BenchSpec
 

@@ -30,7 +30,8 @@ from infoprune_export.ffn.obs import compress_obs, eliminate_neurons
 from infoprune_export.heads.obs import eliminate_heads
 from infoprune_export.heads.plan import HeadPlan
 from infoprune_export.heads.refit import refit_heads
-from infoprune_export.measure.latency import machine, paired_ratio, percentiles
+from infoprune_export.measure.machine import machine
+from infoprune_export.measure.statistics import paired_ratio, percentiles
 from infoprune_export.models.calibration import TaskLoss, inputs_of
 from infoprune_export.models.vlm import VLM, check_model, on_cpu, writable_copy
 from infoprune_export.recipe import Recipe, load_target

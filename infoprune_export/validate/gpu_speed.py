@@ -24,7 +24,9 @@ from infoprune_export.engine.onnxruntime import feed_of, open_session
 from infoprune_export.errors import InfopruneError
 from infoprune_export.export.onnx import MODEL, export_onnx
 from infoprune_export.measure.flops import count_flops
-from infoprune_export.measure.latency import interleaved, machine, paired_ratio, percentiles
+from infoprune_export.measure.latency import interleaved
+from infoprune_export.measure.machine import machine
+from infoprune_export.measure.statistics import paired_ratio, percentiles
 from infoprune_export.models import tower_of
 from infoprune_export.models.tower import Form, Inputs, Planned, VisionTower
 from infoprune_export.models.zoo import random_model

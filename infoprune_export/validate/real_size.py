@@ -20,7 +20,7 @@ from infoprune_export.engine.onnxruntime import feed_of, open_session
 from infoprune_export.export.onnx import MODEL, export_module, export_onnx
 from infoprune_export.export.quantize import quantize_int8
 from infoprune_export.measure.flops import count_flops
-from infoprune_export.measure.latency import paired_ratio
+from infoprune_export.measure.statistics import paired_ratio
 from infoprune_export.models import tower_of
 from infoprune_export.models.qwen import QwenTower
 from infoprune_export.models.tower import Form, VisionTower
@@ -66,7 +66,7 @@ def bench_real_size(
     """`bench_onnx`'s figures at batch 1, and what prior, selection and merge add to the unpruned encoder.
 
     ``selection.fraction`` is the median over rounds of (with - without) / without, both graphs interleaved in one run,
-    with a 95% bootstrap interval. The graph without selection projects its first T tokens, so that the projector has
+    with a 95% interval. The graph without selection projects its first T tokens, so that the projector has
     the same work in both and its saving does not hide the cost.
     """
     spec = recipe.bench.model_copy(update={"batch_sizes": (1,)})
@@ -91,14 +91,14 @@ def bench_real_size(
         }
         calls = original.calls(original.example_inputs(1, torch.Generator().manual_seed(0)), Form())
         times = time_sessions({name: (session, calls) for name, session in sessions.items()}, spec, on_round)
-    added = {name: ratio - 1 for name, ratio in paired_ratio(times["selecting"], times["first"]).items()}
+    ratio = paired_ratio(times["selecting"], times["first"])
     result["selection"] = {
         "tokens": 576,
         "kept": keep,
         "milliseconds": float(np.median(times["selecting"] - times["first"])),
-        "fraction": added["median"],
-        "low": added["low"],
-        "high": added["high"],
+        "fraction": ratio["median"] - 1,
+        "low": ratio["low"] - 1,
+        "high": ratio["high"] - 1,
     }
     return result
 
