@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 GOLDEN = "golden.safetensors"
 SERVING = "serving"
 """Folder in an engine's, for servers."""
+SCORES = "scores.json"
 
 # ── Export and engine ────────────────────────────────────────────────────────
 
@@ -131,10 +133,13 @@ def _profile(run: Run) -> Profile:
 
 
 def make_validation(run: Run, folder: Path) -> None:
-    """Parity, accuracy and the verdict."""
+    """Parity, accuracy and the verdict, and the score of every question."""
     from infoprune_export.validate.verdict import validate
 
-    (folder / "validation.json").write_text(canonical_json(validate(_subject(run))), encoding="utf-8")
+    result, scores = validate(_subject(run))
+    (folder / "validation.json").write_text(canonical_json(result), encoding="utf-8")
+    # One line: there are thousands of numbers.
+    (folder / SCORES).write_text(json.dumps(scores, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _subject(run: Run) -> Any:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from infoprune_export.artifacts import sha256_json
 from infoprune_export.data.dataset import Split
 from infoprune_export.data.vqa import Sample
 from infoprune_export.engine.base import Engine
@@ -82,8 +83,11 @@ class Subject:
     track: Callable[[str, int], Callable[[int], None]]
 
 
-def validate(subject: Subject) -> dict[str, Any]:
-    """Parity of every step, accuracy of every step, sizes, and the verdict; plain JSON types."""
+def validate(subject: Subject) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parity of every step, accuracy of every step, sizes, and the verdict; beside it the score of every question.
+
+    Both are plain JSON types; the second is what another run's is compared with, see `question_scores`.
+    """
     recipe, samples = subject.recipe, subject.split.validation
     parities = [*_rewrite_parity(subject), *_engine_parity(subject)]
     answers = dict(subject.answers)
@@ -98,7 +102,7 @@ def validate(subject: Subject) -> dict[str, Any]:
         _checkpoint_check(subject),
         _accuracy_check(accuracy, recipe, subject.split.labelled),
     ]
-    return {
+    result = {
         "verdict": "PASS" if all(check["passed"] for check in checks) else "FAIL",
         "checks": checks,
         "parity": [_finite(parity.to_dict()) for parity in parities],
@@ -109,6 +113,7 @@ def validate(subject: Subject) -> dict[str, Any]:
         "ffn": subject.ffn.to_dict(),
         "kept_tokens": _sample_selections(subject),
     }
+    return result, question_scores(samples, subject.split.labelled, subject.baseline, answers)
 
 
 # ── Numbers ──────────────────────────────────────────────────────────────────
@@ -168,19 +173,26 @@ def metric_name(labelled: bool) -> str:
     return "VQA accuracy" if labelled else "agreement with the original"
 
 
-def accuracy_table(
+def step_scores(
     samples: Sequence[Sample], labelled: bool, baseline: Answers, answers: dict[str, Answers]
-) -> list[dict[str, Any]]:
-    """One row per step: mean, and paired differences to the original and to the step before, with standard errors."""
+) -> dict[str, NDArray[np.float64]]:
+    """Score of every question behind every step, [questions] each, 0..1, in sample order."""
 
     def scores_of(given: Answers) -> NDArray[np.float64]:
         return vqa_scores(samples, given) if labelled else agreement_scores(given, baseline)
 
     known = {"original": baseline, **answers}
-    first = previous = scores_of(baseline)
+    return {step: scores_of(known[step]) for step in STEPS if step in known}
+
+
+def accuracy_table(
+    samples: Sequence[Sample], labelled: bool, baseline: Answers, answers: dict[str, Answers]
+) -> list[dict[str, Any]]:
+    """One row per step: mean, and paired differences to the original and to the step before, with standard errors."""
+    scores_by_step = step_scores(samples, labelled, baseline, answers)
+    first = previous = scores_by_step["original"]
     rows = []
-    for step in (step for step in STEPS if step in known):
-        scores = scores_of(known[step])
+    for step, scores in scores_by_step.items():
         rows.append(
             {
                 "step": step,
@@ -193,6 +205,22 @@ def accuracy_table(
         )
         previous = scores
     return rows
+
+
+def question_scores(
+    samples: Sequence[Sample], labelled: bool, baseline: Answers, answers: dict[str, Answers]
+) -> dict[str, Any]:
+    """What two runs are compared by, question by question.
+
+    ``questions_sha256`` is over image names, questions and right answers, in order; ``clusters`` has the number of
+    questions of each image; ``scores`` has the score of every question by step, 0..1.
+    """
+    asked = [[s.image.name, [[q.text, list(q.answers)] for q in s.questions]] for s in samples]
+    return {
+        "questions_sha256": sha256_json(asked),
+        "clusters": [len(sample.questions) for sample in samples],
+        "scores": {step: s.tolist() for step, s in step_scores(samples, labelled, baseline, answers).items()},
+    }
 
 
 def summarize_variant(
