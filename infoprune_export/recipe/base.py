@@ -40,6 +40,11 @@ def tuple_of_list(value: Any) -> Any:
 
 
 class Spec(pydantic.BaseModel):
-    """Strict: unknown keys, other types and values that are no finite number are refused."""
+    """Strict: unknown keys, other types and values that are no finite number are refused.
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    The text below a field is its description in the JSON schema and in the reference.
+    """
+
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
