@@ -229,20 +229,29 @@ def make_variants(run: Run, folder: Path) -> None:
 
 
 def make_report(run: Run, folder: Path) -> None:
-    """The HTML page."""
+    """The HTML page, and the same for machines."""
+    from infoprune_export.validate import report_json
     from infoprune_export.validate.report import REPORT, pictures_of, render
 
     validation = read_json(run.folder_of("validation") / "validation.json")
-    page = render(
+    variants = read_json(run.folder_of("variants") / "variants.json")
+    report = report_json.build(
         name=run.recipe.name,
         description=run.recipe.description,
         recipe=run.recipe.to_dict(),
         validation=validation,
-        budget=read_json(run.folder_of("budget") / ALLOCATION),
         bench=read_json(run.folder_of("bench") / "bench.json"),
-        variants=read_json(run.folder_of("variants") / "variants.json"),
+        variants=variants,
+        artefacts=report_json.describe(run.finished),
+    )
+    page = render(
+        report,
+        validation=validation,
+        budget=read_json(run.folder_of("budget") / ALLOCATION),
+        variants=variants,
         history=read_json(run.folder_of("gates") / "history.json"),
         recovery=read_json(run.folder_of("recovery") / HISTORY),
         pictures=pictures_of(run.original, run.split.validation, validation),
     )
+    report_json.write(folder / report_json.REPORT_JSON, report)
     (folder / REPORT).write_text(page, encoding="utf-8")

@@ -19,18 +19,22 @@ from infoprune_export.ffn.plan import FfnChoice, FfnPlan
 # The same input gives the same bytes, and text stays text.
 mpl.rcParams.update({"svg.hashsalt": "infoprune-export", "svg.fonttype": "none", "font.size": 9})
 
+WIDTH = 4.5
+"""Inches of most figures: beside another on a desktop, and legible still on a telephone."""
 BEFORE, AFTER, GONE, ALERT = "#8a94a6", "#1668b8", "#e3e7ee", "#b3261e"
 _FFN_COLOURS: Mapping[str, str] = {"mlp": AFTER, "bypass": "#1b8a7a", "factored": "#7a4fb5", "linear": ALERT}
 
 
 def head_map(total: Sequence[int], kept: Sequence[Sequence[int]]) -> str:
-    """Blocks from bottom to top, heads from left to right; filled squares stay."""
+    """Blocks from bottom to top, heads from left to right; filled squares stay, hollow ones are gone."""
     figure = blank(0.32 * max(total) + 1.6, 0.32 * len(total) + 0.9)
     axes = figure.add_subplot()
     for block, (count, heads) in enumerate(zip(total, kept, strict=True)):
         for head in range(count):
-            colour = AFTER if head in heads else GONE
-            axes.add_patch(Rectangle((head + 0.08, block + 0.08), 0.84, 0.84, color=colour, lw=0))
+            looks: dict[str, Any] = (
+                {"color": AFTER, "lw": 0} if head in heads else {"fc": "none", "ec": BEFORE, "lw": 0.7}
+            )
+            axes.add_patch(Rectangle((head + 0.1, block + 0.1), 0.8, 0.8, **looks))
         axes.text(count + 0.3, block + 0.5, f"{len(heads)}/{count}", va="center", color="#444")
     axes.set(xlim=(0, max(total) + 1.6), ylim=(0, len(total)), xlabel="head", ylabel="block")
     axes.set_xticks(np.arange(max(total)) + 0.5, [str(h) for h in range(max(total))])
@@ -46,7 +50,7 @@ def ffn_bars(plan: FfnPlan) -> str:
         100 * plan.macs(choice) / plan.macs(FfnChoice("mlp", tuple(range(width))))
         for width, choice in zip(plan.widths, plan.choices, strict=True)
     ]
-    figure = blank(5.4, 0.32 * len(rows) + 0.9)
+    figure = blank(WIDTH, 0.32 * len(rows) + 0.9)
     axes = figure.add_subplot()
     axes.barh(rows, 100.0, color=GONE, height=0.8)
     axes.barh(rows, kept, color=[_FFN_COLOURS[choice.kind] for choice in plan.choices], height=0.8)
@@ -75,7 +79,7 @@ def ffn_label(choice: FfnChoice) -> str:
 
 def accuracy_steps(rows: Sequence[dict[str, Any]], metric: str) -> str:
     """Accuracy after each step with 95% intervals, against the original's level."""
-    figure = blank(5.4, 2.7)
+    figure = blank(WIDTH, 2.7)
     axes = figure.add_subplot()
     places = np.arange(len(rows))
     values = [row["percent"] for row in rows]
@@ -90,24 +94,25 @@ def accuracy_steps(rows: Sequence[dict[str, Any]], metric: str) -> str:
     )
     axes.set(ylabel=f"{metric}, %", ylim=(low - 1, min(high + 2, 101.5)), xlim=(-0.3, len(rows) - 0.4))
     axes.set_xticks(places, [row["step"] for row in rows])
+    if len(rows) > 6:
+        axes.tick_params(axis="x", rotation=35)
     tidy(axes)
     return to_svg(figure)
 
 
 def latency_bars(rows: Sequence[dict[str, Any]]) -> str:
     """Median latency per image before and after, for every batch size, with the 90th percentile as whisker."""
-    figure = blank(5.4, 2.7)
+    figure = blank(WIDTH, 2.7)
     axes = figure.add_subplot()
     places = np.arange(len(rows))
-    for offset, side, colour in ((-0.2, "original", BEFORE), (0.2, "compressed", AFTER)):
+    for offset, side, colour, hatch in ((-0.2, "original", BEFORE, "///"), (0.2, "compressed", AFTER, "")):
         per_image = [row["milliseconds"][side]["p50"] / row["batch_size"] for row in rows]
         upper = [
             row["milliseconds"][side]["p90"] / row["batch_size"] - value
             for row, value in zip(rows, per_image, strict=True)
         ]
-        axes.bar(
-            places + offset, per_image, 0.38, color=colour, label=side, yerr=[np.zeros(len(rows)), upper], capsize=3
-        )
+        looks: dict[str, Any] = {"fc": colour, "ec": GONE, "lw": 0, "hatch": hatch}
+        axes.bar(places + offset, per_image, 0.38, label=side, yerr=[np.zeros(len(rows)), upper], capsize=3, **looks)
     tops = [
         max(row["milliseconds"][side]["p90"] for side in ("original", "compressed")) / row["batch_size"] for row in rows
     ]
@@ -122,11 +127,11 @@ def latency_bars(rows: Sequence[dict[str, Any]]) -> str:
 
 def gate_history(history: Sequence[dict[str, float]]) -> str:
     """Loss terms over epochs."""
-    figure = blank(5.4, 2.4)
+    figure = blank(WIDTH, 2.4)
     axes = figure.add_subplot()
     epochs = np.arange(1, len(history) + 1)
-    for term in ("task", "mean_gate", "distance"):
-        axes.plot(epochs, [epoch[term] for epoch in history], "o-", ms=3, label=term.replace("_", " "))
+    for term, colour, line in (("task", AFTER, "o-"), ("mean_gate", "#c75000", "s--"), ("distance", "#1b8a7a", "^:")):
+        axes.plot(epochs, [epoch[term] for epoch in history], line, color=colour, ms=3, label=term.replace("_", " "))
     axes.set(xlabel="epoch", ylim=(0, None))
     axes.legend(frameon=False, ncols=3)
     tidy(axes)
@@ -135,7 +140,7 @@ def gate_history(history: Sequence[dict[str, float]]) -> str:
 
 def recovery_history(history: Sequence[Mapping[str, float]]) -> str:
     """Distance to the original's visual tokens over epochs, relative to their variance."""
-    figure = blank(5.4, 2.4)
+    figure = blank(WIDTH, 2.4)
     axes = figure.add_subplot()
     axes.plot(np.arange(1, len(history) + 1), [epoch["distance"] for epoch in history], "o-", ms=3, color=AFTER)
     axes.set(xlabel="epoch", ylabel="distance / variance", ylim=(0, None))

@@ -3,81 +3,123 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
 from infoprune_export import __version__
-from infoprune_export.artifacts import library_versions
 from infoprune_export.ffn.plan import FfnPlan
 from infoprune_export.validate import plots
+from infoprune_export.validate.report_json import used_of
+from infoprune_export.validate.report_page import figure, render_page
 from infoprune_export.validate.tables import budget_parts, compare_runs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from infoprune_export.data.vqa import Sample
+    from infoprune_export.data.samples import Sample
     from infoprune_export.models.vlm import VLM
+    from infoprune_export.validate.report_schema import Parity, Report
 
 REPORT = "report.html"
-_TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
 def render(
+    report: Report,
     *,
-    name: str,
-    description: str,
-    recipe: dict[str, Any],
-    validation: dict[str, Any],
-    budget: dict[str, Any],
-    bench: dict[str, Any],
-    variants: dict[str, Any],
-    history: list[dict[str, float]],
-    recovery: list[dict[str, float]],
-    pictures: list[str],
+    validation: Mapping[str, Any],
+    budget: Mapping[str, Any],
+    variants: Mapping[str, Any],
+    history: Sequence[dict[str, float]],
+    recovery: Sequence[Mapping[str, float]],
+    pictures: Sequence[str],
 ) -> str:
-    """The page as text; see `verdict.validate`, `bench.bench_onnx` and `verdict.summarize_variant` for the inputs.
+    """The page as text: what ``report.json`` says, and figures of `verdict.validate`'s and `summarize_variant`'s.
 
-    `budget` is the budget stage's allocation with its table, both None in a run without one.
+    `budget` is the budget stage's allocation with its table, both None in a run without one; `pictures` are data URIs
+    of the images in ``validation["kept_tokens"]``.
     """
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    figures = {
-        "heads": plots.head_map(validation["heads"]["total"], validation["heads"]["kept"]),
-        "ffn": plots.ffn_bars(FfnPlan.from_dict(validation["ffn"])),
-        "accuracy": plots.accuracy_steps(validation["accuracy"], validation["metric"]),
-        "latency": plots.latency_bars(bench["rows"]),
-        "gates": plots.gate_history(history) if history else "",
-        "recovery": plots.recovery_history(recovery) if recovery else "",
-    }
-    rows = validation["accuracy"]
-    return template.render(
-        name=name,
-        description=description,
-        validation=validation,
-        bench=bench,
-        first=rows[0],
-        last=rows[-1],
-        merged=recipe["tokens"]["merge"],
-        compare=compare_runs(validation, recipe, variants),
+    failed = [check for check in report.checks if not check.passed]
+    uses = [used_of(check.model_dump()) for check in report.checks]
+    checks = [(check, used if np.isfinite(used) else None) for check, used in zip(report.checks, uses, strict=True)]
+    dearest = min(report.accuracy[1:], key=lambda row: row.to_previous.percent, default=None)
+    official = dict.fromkeys(name for row in report.accuracy for name in row.official)
+    seen = zip(pictures, validation["kept_tokens"], strict=True)
+    return render_page(
+        "report.html.j2",
+        report=report,
+        deciding=next(check for check in report.checks if check.what == report.decision.check),
+        failed=failed,
+        checks=checks,
+        worst_step=dearest if dearest is not None and dearest.to_previous.percent < 0 else None,
+        worst_parity=max(report.parity, key=_relative),
+        official=list(official),
+        attribution=None,
+        compare=compare_runs(validation, report.recipe, variants),
         budget=budget_parts(budget),
-        recipe=recipe,
-        figures={key: Markup(svg) for key, svg in figures.items()},
-        pictures=pictures,
-        recipe_text=json.dumps(recipe, indent=2, ensure_ascii=False),
+        recipe=report.recipe,
+        figures=_figures(report, validation, history, recovery),
+        pictures=[{"uri": uri, "name": of["image"], "kept": len(of["kept"])} for uri, of in seen],
+        recipe_text=json.dumps(report.recipe, indent=2, ensure_ascii=False),
         version=__version__,
-        libraries=library_versions(),
     )
 
 
-def pictures_of(vlm: VLM, samples: Sequence[Sample], validation: dict[str, Any]) -> list[str]:
+def _relative(parity: Parity) -> float:
+    """How much of its tolerance an error takes."""
+    return np.inf if parity.relative_error is None else parity.relative_error / parity.tolerance
+
+
+def _figures(
+    report: Report,
+    validation: Mapping[str, Any],
+    history: Sequence[dict[str, float]],
+    recovery: Sequence[Mapping[str, float]],
+) -> dict[str, Markup]:
+    """Drawn figures, each with its content in words; empty where there is nothing to draw."""
+    heads, rows, plan = report.heads, report.accuracy, FfnPlan.from_dict(validation["ffn"])
+    kept = "; ".join(
+        f"block {block}: {len(stay)} of {total}"
+        for block, (total, stay) in enumerate(zip(heads.total, heads.kept, strict=True))
+    )
+    became = "; ".join(f"block {block}: {plots.ffn_label(choice)}" for block, choice in enumerate(plan.choices))
+    steps = "; ".join(f"{row.step} {row.percent:.1f} ± {1.96 * row.standard_error:.1f}" for row in rows)
+    times = "; ".join(
+        f"batch {row.batch_size}: original {row.milliseconds['original'].p50 / row.batch_size:.3g}, compressed "
+        f"{row.milliseconds['compressed'].p50 / row.batch_size:.3g}"
+        for row in report.bench.rows
+    )
+    bench_rows = [row.model_dump() for row in report.bench.rows]
+    figures = {
+        "heads": figure("heads", plots.head_map(heads.total, heads.kept), f"Heads kept. {kept}."),
+        "ffn": figure("ffn", plots.ffn_bars(plan), f"What FFNs became. {became}."),
+        "accuracy": figure(
+            "accuracy", plots.accuracy_steps(validation["accuracy"], report.metric), f"{report.metric} in %. {steps}."
+        ),
+        "latency": figure("latency", plots.latency_bars(bench_rows), f"Median ms per image. {times}."),
+        "gates": Markup(),
+        "recovery": Markup(),
+    }
+    if history:
+        first, last = history[0], history[-1]
+        text = (
+            f"Loss terms over {len(history)} epochs. Task: {first['task']:.3g} to {last['task']:.3g}; mean gate: "
+            f"{first['mean_gate']:.3g} to {last['mean_gate']:.3g}; distance: {first['distance']:.3g} to "
+            f"{last['distance']:.3g}."
+        )
+        figures["gates"] = figure("gates", plots.gate_history(history), text)
+    if recovery:
+        text = (
+            f"Distance to the original's visual tokens over {len(recovery)} epochs: {recovery[0]['distance']:.3g} to "
+            f"{recovery[-1]['distance']:.3g} of their variance."
+        )
+        figures["recovery"] = figure("recovery", plots.recovery_history(recovery), text)
+    return figures
+
+
+def pictures_of(vlm: VLM, samples: Sequence[Sample], validation: Mapping[str, Any]) -> list[str]:
     """Kept tokens over the first validation images, cropped and scaled as the processor does it; data URIs."""
-    from infoprune_export.data.vqa import open_image
+    from infoprune_export.data.samples import open_image
     from infoprune_export.models.vlm import preprocess
 
     pictures = []
