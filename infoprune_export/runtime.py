@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from infoprune_export.artifacts import MANIFEST, read_manifest, sha256_file, verify
-from infoprune_export.data.vqa import open_image
+from infoprune_export.data.samples import open_image
 from infoprune_export.engine import open_engine
 from infoprune_export.engine.base import Engine
 from infoprune_export.errors import InfopruneError

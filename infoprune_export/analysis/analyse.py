@@ -48,7 +48,7 @@ from infoprune_export.validate.accuracy import by_kind
 from infoprune_export.validate.report import pictures_of
 
 if TYPE_CHECKING:
-    from infoprune_export.data.vqa import Sample
+    from infoprune_export.data.samples import Sample
     from infoprune_export.models.vlm import VLM
     from infoprune_export.recipe import Recipe
 
@@ -159,10 +159,9 @@ def _check(recipe: Recipe, folder: Path, what: Collection[str], images: int) -> 
 
 @contextlib.contextmanager
 def _validation(recipe: Recipe) -> Iterator[dataset.Split]:
-    """The recipe's data; drawn scenes are there within the block only."""
+    """The recipe's data; what it brings itself is there within the block only."""
     with tempfile.TemporaryDirectory() as scratch:
-        if recipe.data.images is None:
-            dataset.draw_scenes(Path(scratch), recipe.data, recipe.seed)
+        dataset.make(Path(scratch), recipe.data, recipe.seed)
         yield dataset.read(recipe.data, Path(scratch))
 
 

@@ -25,7 +25,7 @@ from infoprune_export.models.tower import Form
 
 if TYPE_CHECKING:
     from infoprune_export.data.dataset import Split
-    from infoprune_export.data.vqa import Sample
+    from infoprune_export.data.samples import Sample
     from infoprune_export.models.attention import Context
     from infoprune_export.models.block import Block
     from infoprune_export.models.elimination import Elimination
@@ -68,7 +68,7 @@ def analyse_structure(
     drawn: dict[str, str] = {}
     blocks = vlm.tower.blocks
     if {"heads", "damage"} & set(what):
-        samples, loss = split.calibration, TaskLoss(split.labelled, vlm.tower)
+        samples, loss = split.calibration, TaskLoss(split.calibration_labelled, vlm.tower)
         advance = track("damage of removing heads", len(samples))
         heads = eliminate_heads(vlm, samples, loss, seed, on_batch=advance)
         if "heads" in what:

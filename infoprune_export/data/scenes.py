@@ -141,22 +141,31 @@ def _place(
 # ── Rendering ────────────────────────────────────────────────────────────────
 
 
-def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """Paint a scene; `rng` decides texture, clutter, colour jitter and noise. Returns an RGB image."""
+def render(scene: Scene, rng: np.random.Generator, *, plain: bool = False) -> Image.Image:
+    """Paint a scene; `rng` decides texture, clutter, colour jitter and noise. Returns an RGB image.
+
+    A `plain` one has none of them, but a background of one colour.
+    """
     width, height = scene.width * _SUPERSAMPLING, scene.height * _SUPERSAMPLING
     background = _background(rng, scene.width, scene.height)
+    if plain:
+        background[:] = background.mean(axis=(0, 1)).astype(np.uint8)
     canvas = Image.fromarray(background).resize((width, height), Image.Resampling.BILINEAR)
     draw = ImageDraw.Draw(canvas)
-    for _ in range(int(rng.integers(0, 4))):
+    for _ in range(0 if plain else int(rng.integers(0, 4))):
         grey = int(rng.integers(30, 226))
         x0, y0, x1, y1 = (float(rng.uniform(0, side)) for side in (width, height, width, height))
         draw.line((x0, y0, x1, y1), fill=(grey, grey, grey), width=int(rng.integers(1, 4)))
     for item in scene.items:
-        jittered = np.clip(np.array(COLORS[item.color]) + rng.normal(0, 12, 3), 0, 255).astype(int)
+        jitter = 0 if plain else rng.normal(0, 12, 3)
+        jittered = np.clip(np.array(COLORS[item.color]) + jitter, 0, 255).astype(int)
         _draw_item(draw, item, (int(jittered[0]), int(jittered[1]), int(jittered[2])))
     if scene.sign is not None:
         _draw_sign(draw, scene.sign)
-    pixels = np.asarray(canvas.resize((scene.width, scene.height), Image.Resampling.BOX), np.float32)
+    small = canvas.resize((scene.width, scene.height), Image.Resampling.BOX)
+    if plain:
+        return small
+    pixels = np.asarray(small, np.float32)
     noise = rng.normal(0, rng.uniform(2, 9), (scene.height, scene.width, 1))
     return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
 
@@ -370,9 +379,11 @@ def mixed_size(seed: int, index: int) -> tuple[int, int]:
     return MIXED_SIZES[int(np.random.default_rng([seed, index, 2]).integers(len(MIXED_SIZES)))]
 
 
-def scene_at(seed: int, index: int, sizes: Literal["square", "mixed"] = "square") -> tuple[Scene, Image.Image]:
-    """Scene and image number `index` of the stream that `seed` names."""
+def scene_at(
+    seed: int, index: int, sizes: Literal["square", "mixed"] = "square", *, plain: bool = False
+) -> tuple[Scene, Image.Image]:
+    """Scene and image number `index` of the stream that `seed` names; the same scene `plain` or not, see `render`."""
     rng = np.random.default_rng([seed, index])
     width, height = mixed_size(seed, index) if sizes == "mixed" else (IMAGE_SIZE, IMAGE_SIZE)
     scene = compose(rng, width, height)
-    return scene, render(scene, rng)
+    return scene, render(scene, rng, plain=plain)

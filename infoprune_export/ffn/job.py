@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from infoprune_export.data.vqa import Sample
+from infoprune_export.data.samples import Sample
 from infoprune_export.ffn.plan import FfnPlan
 from infoprune_export.models.calibration import TaskLoss
 from infoprune_export.models.vlm import VLM

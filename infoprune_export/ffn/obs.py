@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from infoprune_export.data.vqa import Sample
+from infoprune_export.data.samples import Sample
 from infoprune_export.errors import InfopruneError
 from infoprune_export.ffn.job import Compressed, FfnJob
 from infoprune_export.ffn.widths import remove_neurons

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from infoprune_export.data.vqa import Sample
+from infoprune_export.data.samples import Sample
 from infoprune_export.models.calibration import batches, captured_input, inputs_of
 from infoprune_export.models.least_squares import AffineFit
 from infoprune_export.models.streams import Streams

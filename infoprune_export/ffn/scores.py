@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infoprune_export.data.vqa import Sample
+from infoprune_export.data.samples import Sample
 from infoprune_export.ffn.budget import uniform_width
 from infoprune_export.ffn.job import Compressed, FfnJob
 from infoprune_export.ffn.observe import mean_over_tokens

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from infoprune_export.data.vqa import Sample
+from infoprune_export.data.samples import Sample
 from infoprune_export.models.attention import Context
 from infoprune_export.models.calibration import inputs_of
 from infoprune_export.models.tower import Block, Form

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from infoprune_export.analysis.spectra import effective_rank, singular_values
-from infoprune_export.data.vqa import Sample
+from infoprune_export.data.samples import Sample
 from infoprune_export.errors import InfopruneError
 from infoprune_export.heads.attention_mass import nonlocal_ratio
 from infoprune_export.heads.gates import head_grams

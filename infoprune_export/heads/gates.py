@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from infoprune_export.data.vqa import Sample
+from infoprune_export.data.samples import Sample
 from infoprune_export.models.calibration import batches, captured_input, inputs_of
 from infoprune_export.models.tower import VisionTower
 from infoprune_export.models.vlm import VLM

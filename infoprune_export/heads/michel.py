@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infoprune_export.data.vqa import Sample
+from infoprune_export.data.samples import Sample
 from infoprune_export.heads.gates import gated
 from infoprune_export.models.calibration import TaskLoss, batches
 from infoprune_export.models.vlm import VLM

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from infoprune_export.data.vqa import Sample
+from infoprune_export.data.samples import Sample
 from infoprune_export.models.calibration import TaskLoss
 from infoprune_export.models.elimination import Elimination, eliminate
 from infoprune_export.models.moments import collect_moments

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from infoprune_export.data.vqa import Sample
+from infoprune_export.data.samples import Sample
 from infoprune_export.heads.gates import fold_gates, output_projections
 from infoprune_export.heads.plan import HeadPlan, plan_heads
 from infoprune_export.heads.refit import refit_heads

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from infoprune_export.data.vqa import Sample
+from infoprune_export.data.samples import Sample
 from infoprune_export.heads.plan import HeadPlan
 from infoprune_export.models.streams import Streams
 from infoprune_export.models.vlm import VLM

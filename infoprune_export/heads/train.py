@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from infoprune_export.data.vqa import Question, Sample
+from infoprune_export.data.samples import Question, Sample
 from infoprune_export.errors import InfopruneError
 from infoprune_export.heads.gates import gated, head_grams
 from infoprune_export.heads.hard_concrete import HardConcreteGates

@@ -41,7 +41,7 @@ def work(job_file: Path) -> None:
         original.tower,
         split.calibration,
         recipe.heads,
-        labelled=split.labelled,
+        labelled=split.calibration_labelled,
         seed=recipe.seed,
         scratch=scratch,
         on_step=tell,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from infoprune_export.data.vqa import Sample
+from infoprune_export.data.samples import Sample
 from infoprune_export.errors import InfopruneError
 from infoprune_export.models.calibration import batches, inputs_of
 from infoprune_export.models.vlm import VLM, Prompt, VisualTokens, answer, answer_loss

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from infoprune_export.data.vqa import Sample
+from infoprune_export.data.samples import Sample
 from infoprune_export.errors import InfopruneError
 from infoprune_export.language.asking import Asked, ask, start_of
 from infoprune_export.language.choice import (

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from infoprune_export.data.vqa import Sample, open_image
+from infoprune_export.data.samples import Sample, open_image
 from infoprune_export.models.tower import Block, Form, VisionTower
 from infoprune_export.models.vlm import VLM, VisualTokens, answer_loss, preprocess
 

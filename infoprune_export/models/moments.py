@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from infoprune_export.data.vqa import Sample
+from infoprune_export.data.samples import Sample
 from infoprune_export.models.calibration import Site, TaskLoss, batches, images_per_pass, projection_of
 from infoprune_export.models.least_squares import AffineFit
 from infoprune_export.models.vlm import VLM

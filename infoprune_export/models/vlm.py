@@ -200,7 +200,21 @@ def preprocess(
     vlm: VLM, images: Sequence[Image], device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """Images to the tower's inputs, by the model's own processor, on its device and in its dtype by default."""
-    inputs = dict(vlm.processor.image_processor(list(images), return_tensors="pt"))
+    return place(vlm, prepare(vlm.processor.image_processor, images), device, dtype)
+
+
+def prepare(image_processor: Any, images: Sequence[Image]) -> dict[str, Tensor]:
+    """What a model's image processor makes of images, on the CPU; needs no model, so that other processes can do it."""
+    return dict(image_processor(list(images), return_tensors="pt"))
+
+
+def place(
+    vlm: VLM,
+    inputs: dict[str, Tensor],
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Prepared images as the tower takes them, on the model's device and in its dtype by default."""
     vlm.tower.check_inputs(inputs)
     device, dtype = device or vlm.device, dtype or vlm.model.dtype
     return {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}

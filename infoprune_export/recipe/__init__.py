@@ -5,20 +5,23 @@ the dotted name of the key. Defaults come from the papers unless the field says 
 (heads, feed-forward networks), "B" the visual-token paper.
 """
 
+from infoprune_export.recipe.data import DataSpec, FormatName
 from infoprune_export.recipe.delivery import BenchSpec, EngineSpec, ExportSpec, ValidateSpec
 from infoprune_export.recipe.reading import (
+    Point,
     assets,
     engine_target,
     find_asset,
     load_recipe,
     load_target,
+    points_of,
     read_recipe,
     variant_of,
 )
 from infoprune_export.recipe.structure import BudgetSpec, FfnSpec, HeadsSpec, LanguageSpec, RecoverySpec, RefitSpec
 from infoprune_export.recipe.targets import KnownBug, OnnxRuntimeTarget, Route, Target, TensorRtTarget, read_target
 from infoprune_export.recipe.visual_tokens import DecoderSpec, TokensSpec
-from infoprune_export.recipe.whole import DataSpec, ModelSpec, Recipe
+from infoprune_export.recipe.whole import ModelSpec, Recipe
 
 __all__ = [
     "BenchSpec",
@@ -28,11 +31,13 @@ __all__ = [
     "EngineSpec",
     "ExportSpec",
     "FfnSpec",
+    "FormatName",
     "HeadsSpec",
     "KnownBug",
     "LanguageSpec",
     "ModelSpec",
     "OnnxRuntimeTarget",
+    "Point",
     "Recipe",
     "RecoverySpec",
     "RefitSpec",
@@ -46,6 +51,7 @@ __all__ = [
     "find_asset",
     "load_recipe",
     "load_target",
+    "points_of",
     "read_recipe",
     "read_target",
     "variant_of",

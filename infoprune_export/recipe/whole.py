@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from infoprune_export.recipe.base import Name, Spec
+from infoprune_export.recipe.base import Name, Spec, tuple_of_list
+from infoprune_export.recipe.data import DataSpec
 from infoprune_export.recipe.delivery import BenchSpec, EngineSpec, ExportSpec, ValidateSpec
 from infoprune_export.recipe.structure import BudgetSpec, FfnSpec, HeadsSpec, LanguageSpec, RecoverySpec, RefitSpec
 from infoprune_export.recipe.visual_tokens import DecoderSpec, TokensSpec
@@ -23,37 +24,7 @@ class ModelSpec(Spec):
     """LLaVA-NeXT only. Its own packing, or all tokens of all tiles (2880 for 2 x 2), as in token pruning papers."""
 
 
-class DataSpec(Spec):
-    """Images and questions for calibration and validation; an image is used for one of the two, never both.
-
-    Without `images`, procedural scenes are drawn. With `images` alone, calibration distils features and validation
-    counts how often both models give the same answer to `prompts`. With `questions` and `annotations` (VQAv2 JSON),
-    calibration uses the answers and validation the VQA accuracy.
-    """
-
-    images: str | None = None
-    questions: str | None = None
-    annotations: str | None = None
-    prompts: tuple[str, ...] = ("Describe the image.",)
-    calibration_images: int = Field(448, ge=1)
-    validation_questions: int = Field(2000, ge=1)
-    scene_sizes: Literal["square", "mixed"] = "square"
-    """Sizes of the procedural scenes: 112 x 112 pixels, or one of seven sizes of about that area for each scene."""
-
-    @field_validator("prompts", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
-    @model_validator(mode="after")
-    def _complete(self) -> DataSpec:
-        if (self.questions is None) != (self.annotations is None):
-            raise ValueError("questions and annotations belong together: give both VQAv2 files or neither")
-        if self.questions is not None and self.images is None:
-            raise ValueError("questions need images: name the folder their image ids refer to")
-        if not self.prompts:
-            raise ValueError("prompts is empty: give at least one question")
-        return self
+Values = Annotated[tuple[Any, ...], BeforeValidator(tuple_of_list), Field(min_length=1)]
 
 
 class Recipe(Spec):
@@ -78,6 +49,8 @@ class Recipe(Spec):
     validate_: ValidateSpec = Field(ValidateSpec(), alias="validate")
     bench: BenchSpec = BenchSpec()
     variants: dict[Name, dict[str, Any]] = Field(default_factory=dict)
+    grid: dict[str, Values] = Field(default_factory=dict)
+    """Dotted keys and the values that ``sweep`` gives them, in every combination; a single run leaves it alone."""
 
     @model_validator(mode="before")
     @classmethod

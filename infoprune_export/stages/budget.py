@@ -58,7 +58,7 @@ def _allocate(run: Run) -> dict[str, Any]:
         meter, unit = cost.milliseconds(run.target, recipe.bench.threads, recipe.export.opset), "ms"
     inputs = inputs_of(original, run.split.calibration[: recipe.budget.images])
     table = cost.measure(original.tower, inputs, meter, unit, recipe.ffn.round_to)
-    samples, loss = run.split.calibration, TaskLoss(run.split.labelled, run.original.tower)
+    samples, loss = run.split.calibration, TaskLoss(run.split.calibration_labelled, run.original.tower)
     advance = run.track("damage of removal", 2)
     heads = eliminate_heads(writable_copy(run.original), samples, loss, recipe.seed)
     advance(1)

@@ -64,7 +64,7 @@ def check_everything(run: Run, *, exporting: bool = True, building: bool = True,
             check_decoder(recipe.decoder, vlm)
             check_language(recipe.language, vlm.model)
     form_of(vlm.tower, run.recipe.tokens, run.recipe.export.several)
-    if run.recipe.data.images is not None:
+    if not run.recipe.data.made:
         from infoprune_export.models.calibration import inputs_of
 
         split = dataset.read(run.recipe.data)

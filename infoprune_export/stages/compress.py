@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infoprune_export.artifacts import canonical_json, fingerprint
+from infoprune_export.artifacts import canonical_json, sha256_file
 from infoprune_export.pipeline import Run
 from infoprune_export.recipe import Recipe
 from infoprune_export.stages.budget import read_allocation
@@ -39,11 +39,11 @@ GATES = "gates.safetensors"
 
 
 def make_data(run: Run, folder: Path) -> None:
-    """Draw scenes, or record which of the user's files are used and what is in them."""
+    """Draw scenes, fetch a data set, or record which of the user's files are used and what is in them."""
     from infoprune_export.data import dataset
 
-    if run.recipe.data.images is None:
-        dataset.draw_scenes(folder, run.recipe.data, run.recipe.seed)
+    if run.recipe.data.made:
+        dataset.make(folder, run.recipe.data, run.recipe.seed, run.track("rows fetched", _most_rows(run.recipe)))
     else:
         (folder / "files.json").write_text(canonical_json(_data_fingerprint(run.recipe)), encoding="utf-8")
 
@@ -51,33 +51,29 @@ def make_data(run: Run, folder: Path) -> None:
 def _data_fingerprint(recipe: Recipe) -> dict[str, Any]:
     from infoprune_export.data import dataset
 
-    spec = recipe.data
-    split = dataset.read(spec)
-    files = {
-        str(sample.image): fingerprint(sample.image)[sample.image.name]
-        for sample in split.calibration + split.validation
-    }
-    for path in (spec.questions, spec.annotations):
-        if path is not None:
-            files[path] = fingerprint(Path(path))[Path(path).name]
-    return files
+    return {str(path): sha256_file(path) for path in dataset.own_files(recipe.data)}
+
+
+def _most_rows(recipe: Recipe) -> int:
+    """About how many rows are fetched; most data sets have more than one for an image."""
+    return recipe.data.calibration_images + recipe.data.validation_questions
 
 
 def data_slice(recipe: Recipe) -> dict[str, Any]:
     """What the data depends on: the recipe section, and the bytes of the user's own files."""
-    section = recipe.to_dict()["data"]
-    if recipe.data.images is None:
-        return {"data": section, "seed": recipe.seed}
-    return {"data": section, "files": _data_fingerprint(recipe)}
+    section = recipe.data.to_slice()
+    if files := _data_fingerprint(recipe):
+        return {"data": section, "files": files, "seed": recipe.seed if recipe.data.drawn else None}
+    return {"data": section, "seed": recipe.seed}
 
 
 def make_baseline(run: Run, folder: Path) -> None:
     """The original model's answers."""
-    from infoprune_export.validate.accuracy import collect_answers
+    from infoprune_export.validate.accuracy import split_answers
 
-    vlm, samples = run.original, run.split.validation
-    advance = run.track("original model answers", len(samples))
-    answers = collect_answers(vlm, samples, _encoder_of(vlm, None), on_batch=advance)
+    vlm = run.original
+    advance = run.track("original model answers", len(run.split.validation))
+    answers = split_answers(vlm, run.split, _encoder_of(vlm, None), on_batch=advance)
     (folder / "answers.json").write_text(canonical_json(answers), encoding="utf-8")
 
 
@@ -97,7 +93,7 @@ def make_decoder(run: Run, folder: Path) -> None:
             run.original,
             samples,
             _encoder_of(run.original, run.recipe.tokens),
-            labelled=run.split.labelled,
+            labelled=run.split.calibration_labelled,
             on_batch=run.track("saturation signals", len(samples)),
         )
         found = {"layer": find_layer(signals), "signals": signals.to_dict()}
@@ -126,7 +122,7 @@ def make_gates(run: Run, folder: Path) -> None:
         discard_state(folder)
         save_file({"scores": trained.scores.contiguous(), "gates": trained.gates.contiguous()}, folder / GATES)
     elif spec.method != "none":
-        loss = TaskLoss(run.split.labelled, run.original.tower, spec.questions_per_image)
+        loss = TaskLoss(run.split.calibration_labelled, run.original.tower, spec.questions_per_image)
         task = run.progress.add_task(f"  {spec.method.replace('_', ' ')} scores", total=1)
         scores = score_heads(
             Evidence(
@@ -166,7 +162,7 @@ def _train_gates(run: Run, folder: Path) -> Trained:
             run.original.tower,
             run.split.calibration,
             spec,
-            labelled=run.split.labelled,
+            labelled=run.split.calibration_labelled,
             seed=run.recipe.seed,
             scratch=folder,
             on_step=show,
@@ -223,7 +219,7 @@ def make_ffn(run: Run, folder: Path) -> None:
             run.original,
             pruned,
             run.split.calibration,
-            TaskLoss(run.split.labelled, run.original.tower),
+            TaskLoss(run.split.calibration_labelled, run.original.tower),
             spec,
             ridge=run.recipe.refit.ridge if run.recipe.refit.enabled else None,
             seed=run.recipe.seed,
@@ -248,7 +244,7 @@ def make_language(run: Run, folder: Path) -> None:
             compressed_tower(run),
             run.split.calibration,
             spec,
-            labelled=run.split.labelled,
+            labelled=run.split.calibration_labelled,
             ridge=refit.ridge if refit.enabled else None,
             seed=run.recipe.seed,
             track=run.track,
@@ -306,11 +302,10 @@ def make_accuracy(run: Run, folder: Path) -> None:
 def _ask(
     run: Run, step: str, vlm: VLM, tokens: TokensSpec | None = None, decoder: Decoding | None = None
 ) -> list[list[str]]:
-    from infoprune_export.validate.accuracy import collect_answers
+    from infoprune_export.validate.accuracy import split_answers
 
-    samples = run.split.validation
-    advance = run.track(f"answers behind {step}", len(samples))
-    return collect_answers(vlm, samples, _encoder_of(vlm, tokens), on_batch=advance, decoder=decoder)
+    advance = run.track(f"answers behind {step}", len(run.split.validation))
+    return split_answers(vlm, run.split, _encoder_of(vlm, tokens), on_batch=advance, decoder=decoder)
 
 
 def _encoder_of(vlm: VLM, tokens: TokensSpec | None) -> Encode:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from infoprune_export.data.vqa import Sample
+from infoprune_export.data.samples import Sample
 from infoprune_export.errors import InfopruneError
 from infoprune_export.models.calibration import batches, inputs_of
 from infoprune_export.models.vlm import VLM, Prompt, VisualTokens, answer, answer_loss

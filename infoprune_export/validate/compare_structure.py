@@ -34,7 +34,7 @@ from infoprune_export.models.tower import Form
 from infoprune_export.models.vlm import VLM, check_model, writable_copy
 from infoprune_export.recipe import FfnSpec, HeadsSpec, Recipe
 from infoprune_export.tokens.encoder import VisionEncoder
-from infoprune_export.validate.accuracy import agreement_scores, collect_answers, estimate, vqa_scores
+from infoprune_export.validate.accuracy import estimate, split_answers, split_scores
 
 Track = Callable[[str, int], Callable[[int], None]]
 """A progress line's title and total to the function that advances it."""
@@ -87,10 +87,9 @@ def compare_structure(
 
 @contextmanager
 def drawn_split(recipe: Recipe) -> Iterator[Split]:
-    """The recipe's data; scenes are drawn into a folder that is gone afterwards."""
+    """The recipe's data; what it brings itself is written into a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        if recipe.data.images is None:
-            dataset.draw_scenes(Path(folder), recipe.data, recipe.seed)
+        dataset.make(Path(folder), recipe.data, recipe.seed)
         yield dataset.read(recipe.data, Path(folder))
 
 
@@ -128,17 +127,17 @@ def compare(
     heads, ffn = _checked(heads, removed, ffn, kept, seeds)
     samples = split.validation
     encode = VisionEncoder(vlm.tower, None).encode
-    baseline = collect_answers(vlm, samples, encode, on_batch=track(UNPRUNED, len(samples)))
+    baseline = split_answers(vlm, split, encode, on_batch=track(UNPRUNED, len(samples)))
 
     def scores_of(towers: Iterable[VLM], title: str) -> NDArray[np.float64]:
         scores = []
         for tower in towers:
             see = VisionEncoder(tower.tower, None).encode
-            answers = collect_answers(tower, samples, see, on_batch=track(title, len(samples)))
-            scores.append(vqa_scores(samples, answers) if split.labelled else agreement_scores(answers, baseline))
+            answers = split_answers(tower, split, see, on_batch=track(title, len(samples)))
+            scores.append(split_scores(split, answers, baseline))
         return np.mean(scores, axis=0)
 
-    unpruned = vqa_scores(samples, baseline) if split.labelled else agreement_scores(baseline, baseline)
+    unpruned = split_scores(split, baseline, baseline)
     whole = _flops(vlm, split)
     rows: list[dict[str, Any]] = [
         {"part": UNPRUNED, "method": UNPRUNED, "setting": "", "left": 1.0, "flops": 1.0, "refused": None}
@@ -218,7 +217,7 @@ def _make(
     ridge = recipe.refit.ridge if recipe.refit.enabled else None
     if asked.part == "ffn":
         pruned = writable_copy(vlm)
-        loss = TaskLoss(split.labelled, vlm.tower)
+        loss = TaskLoss(split.calibration_labelled, vlm.tower)
         plan, _ = compress_ffn(FfnJob(vlm, pruned, split.calibration, loss, asked.ffn, ridge=ridge, seed=seed))
         return pruned, plan.kept_fraction, 0.0
     # Scores do not depend on how many heads go, unless gates are trained to meet that number.
@@ -234,7 +233,7 @@ def _make(
 
 def _score(vlm: VLM, split: Split, spec: HeadsSpec, seed: int) -> dict[str, Tensor]:
     if not spec.trains_gates:
-        loss = TaskLoss(split.labelled, vlm.tower, spec.questions_per_image)
+        loss = TaskLoss(split.calibration_labelled, vlm.tower, spec.questions_per_image)
         return {"scores": score_heads(Evidence(vlm, split.calibration, loss, spec, seed))}
     with tempfile.TemporaryDirectory() as scratch:
         trained = train_gates(
@@ -242,7 +241,7 @@ def _score(vlm: VLM, split: Split, spec: HeadsSpec, seed: int) -> dict[str, Tens
             vlm.tower,
             split.calibration,
             spec,
-            labelled=split.labelled,
+            labelled=split.calibration_labelled,
             seed=seed,
             scratch=Path(scratch),
         )

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from infoprune_export.data import dataset
 from infoprune_export.data.dataset import Split
-from infoprune_export.data.vqa import Sample
+from infoprune_export.data.samples import Sample
 from infoprune_export.errors import InfopruneError
 from infoprune_export.models.tower import VisionTower
 from infoprune_export.models.vlm import VLM, VisualTokens, check_model
@@ -43,7 +43,7 @@ from infoprune_export.tokens.saturation import find_layer, measure_samples
 from infoprune_export.tokens.selector import METHODS
 from infoprune_export.tokens.steps import tokens_per_layer
 from infoprune_export.tokens.watch import text_model
-from infoprune_export.validate.accuracy import Encode, agreement_scores, collect_answers, estimate, vqa_scores
+from infoprune_export.validate.accuracy import Encode, estimate, split_answers, split_scores
 
 Track = Callable[[str, int], Callable[[int], None]]
 """A progress line's title and total to the function that advances it."""
@@ -87,8 +87,7 @@ def compare_tokens(
     vlm = load_vlm(recipe.model, resolve_device(recipe.device))
     _checked(vlm, recipe, methods, ratios, seeds)
     with tempfile.TemporaryDirectory() as folder:
-        if recipe.data.images is None:
-            dataset.draw_scenes(Path(folder), recipe.data, recipe.seed)
+        dataset.make(Path(folder), recipe.data, recipe.seed)
         split = dataset.read(recipe.data, Path(folder))
         return compare(vlm, split, recipe, methods, ratios, track, seeds=seeds)
 
@@ -127,13 +126,14 @@ def compare(
     samples, names = split.validation, _checked(vlm, recipe, methods, ratios, seeds)
     layer = _found_layer(vlm, split, recipe, track) if set(names) & set(_LAYERED) else None
     plans = [(name, keep, _sections(vlm, recipe, name, keep, layer)) for keep in ratios for name in names]
-    baseline = _trial(vlm, samples, TokensSpec(method="none"), DecoderSpec(), 0, track(UNPRUNED, len(samples)))
+    baseline = _trial(vlm, split, TokensSpec(method="none"), DecoderSpec(), 0, track(UNPRUNED, len(samples)))
 
     def scores_of(trials: Sequence[_Trial]) -> NDArray[np.float64]:
         """The mean over the trials of every question's score."""
-        if split.labelled:
-            return np.mean([vqa_scores(samples, trial.answers) for trial in trials], axis=0)
-        return np.mean([agreement_scores(trial.answers, baseline.answers) for trial in trials], axis=0)
+        scores: NDArray[np.float64] = np.mean(
+            [split_scores(split, trial.answers, baseline.answers) for trial in trials], axis=0
+        )
+        return scores
 
     unpruned = scores_of([baseline])
     reference: dict[Fraction, NDArray[np.float64]] = {}
@@ -146,7 +146,7 @@ def compare(
         tokens, decoder, matched = sections
         draws = seeds if name in _DRAWN else 1
         advance = track(f"{name} {keep}", draws * len(samples))
-        trials = [_trial(vlm, samples, tokens, decoder, seed, advance) for seed in range(draws)]
+        trials = [_trial(vlm, split, tokens, decoder, seed, advance) for seed in range(draws)]
         scores = scores_of(trials)
         lead = estimate(samples, scores - reference.setdefault(keep, scores))
         row = _row(samples, name, keep, trials, scores, unpruned)
@@ -244,7 +244,9 @@ def _found_layer(vlm: VLM, split: Split, recipe: Recipe, track: Track) -> int:
         return recipe.decoder.layer
     samples = split.calibration[:_SATURATION_IMAGES]
     encoder, advance = VisionEncoder(vlm.tower, None), track("saturation signals", len(samples))
-    return find_layer(measure_samples(vlm, samples, encoder.encode, labelled=split.labelled, on_batch=advance))
+    return find_layer(
+        measure_samples(vlm, samples, encoder.encode, labelled=split.calibration_labelled, on_batch=advance)
+    )
 
 
 def _sections(
@@ -299,7 +301,7 @@ def _matched(decoder: DecoderSpec, vlm: VLM) -> tuple[DecoderSpec, bool]:
 
 def _trial(
     vlm: VLM,
-    samples: Sequence[Sample],
+    split: Split,
     tokens: TokensSpec,
     decoder: DecoderSpec,
     seed: int,
@@ -316,8 +318,8 @@ def _trial(
         return visual
 
     inside = decoding_of(decoder, vlm.model, seed=seed, on_trace=traces.append)
-    answers = collect_answers(vlm, samples, counted, on_batch=on_batch, decoder=inside)
-    peak = mean = float(np.average(lengths, weights=[len(sample.questions) for sample in samples]))
+    answers = split_answers(vlm, split, counted, on_batch=on_batch, decoder=inside)
+    peak = mean = float(np.average(lengths, weights=[len(sample.questions) for sample in split.validation]))
     if traces:
         peak, mean = (
             float(torch.cat(v).double().mean()) for v in zip(*((t.peak, t.average) for t in traces), strict=True)

@@ -18,7 +18,7 @@ from rich.table import Table
 from infoprune_export.validate.export_cost import GIB
 
 if TYPE_CHECKING:
-    from infoprune_export.data.vqa import Sample
+    from infoprune_export.data.samples import Sample
     from infoprune_export.models.vlm import VLM
 
 TOWER, SIDE = "qwen2-vl-7b", 224
@@ -59,7 +59,7 @@ def _noise_images(folder: Path, count: int) -> list[Sample]:
     import numpy as np
     from PIL import Image
 
-    from infoprune_export.data.vqa import read_images
+    from infoprune_export.data.samples import read_images
 
     rng = np.random.default_rng(0)
     for number in range(count):

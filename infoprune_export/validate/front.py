@@ -38,7 +38,7 @@ from infoprune_export.recipe import Recipe, load_target
 from infoprune_export.recovery.distill import recover
 from infoprune_export.rewrite.surgery import apply_heads
 from infoprune_export.tokens.encoder import VisionEncoder
-from infoprune_export.validate.accuracy import agreement_scores, collect_answers, estimate, vqa_scores
+from infoprune_export.validate.accuracy import estimate, split_answers, split_scores
 from infoprune_export.validate.bench import time_sessions
 from infoprune_export.validate.compare_structure import Track, drawn_split
 from infoprune_export.validate.plots import AFTER, ALERT, BEFORE, blank, tidy, to_svg
@@ -114,7 +114,7 @@ def _points(
     track: Track,
     folder: Path,
 ) -> tuple[list[_Point], list[dict[str, Any]]]:
-    samples, loss = split.calibration, TaskLoss(split.labelled, vlm.tower)
+    samples, loss = split.calibration, TaskLoss(split.calibration_labelled, vlm.tower)
     meter = cost.milliseconds(load_target(recipe.engine.target), recipe.bench.threads, recipe.export.opset)
     local = on_cpu(vlm)
     images = inputs_of(local, samples[: recipe.budget.images])
@@ -162,11 +162,11 @@ def _carry_out(vlm: VLM, split: Split, recipe: Recipe, allocation: Allocation, l
 
 def _answers(vlm: VLM, split: Split, track: Track, title: str) -> list[list[str]]:
     encode = VisionEncoder(vlm.tower, None).encode
-    return collect_answers(vlm, split.validation, encode, on_batch=track(title, len(split.validation)))
+    return split_answers(vlm, split, encode, on_batch=track(title, len(split.validation)))
 
 
 def _scores(split: Split, answers: list[list[str]], baseline: list[list[str]]) -> NDArray[np.float64]:
-    return vqa_scores(split.validation, answers) if split.labelled else agreement_scores(answers, baseline)
+    return split_scores(split, answers, baseline)
 
 
 def _time(

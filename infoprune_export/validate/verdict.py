@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from infoprune_export.artifacts import sha256_json
 from infoprune_export.data.dataset import Split
-from infoprune_export.data.vqa import Sample
+from infoprune_export.data.formats import format_of
 from infoprune_export.engine.base import Engine
 from infoprune_export.ffn.plan import FfnPlan
 from infoprune_export.heads.plan import HeadPlan
@@ -31,16 +31,16 @@ from infoprune_export.recipe import Recipe
 from infoprune_export.recovery.weights import apply_recovery
 from infoprune_export.tokens.encoder import KEPT, VisionEncoder, encode, form_of
 from infoprune_export.validate.accuracy import (
-    agreement_scores,
+    Answers,
     by_kind,
-    collect_answers,
     estimate,
-    vqa_scores,
+    official_figures,
+    split_answers,
+    split_scores,
 )
 from infoprune_export.validate.parity import Parity, compare, encoder_parity, limits_of, masked, through
 
 PICTURES = 6
-Answers = Sequence[Sequence[str]]
 STEPS = {
     "original": "the model as it came",
     "heads": "attention heads removed",
@@ -95,8 +95,8 @@ def validate(subject: Subject) -> tuple[dict[str, Any], dict[str, Any]]:
     form = form_of(subject.original.tower, recipe.tokens, recipe.export.several)
     for step, engine in (("onnx", subject.onnx), ("engine", subject.engine)):
         see = partial(encode, subject.original.tower, form, recipe.tokens, through(engine))
-        answers[step] = collect_answers(subject.answering, samples, see, on_batch=advance, decoder=subject.decoder)
-    accuracy = accuracy_table(samples, subject.split.labelled, subject.baseline, answers)
+        answers[step] = split_answers(subject.answering, subject.split, see, on_batch=advance, decoder=subject.decoder)
+    accuracy = accuracy_table(subject.split, subject.baseline, answers)
     checks = [
         *_parity_checks(parities, recipe),
         _checkpoint_check(subject),
@@ -106,14 +106,14 @@ def validate(subject: Subject) -> tuple[dict[str, Any], dict[str, Any]]:
         "verdict": "PASS" if all(check["passed"] for check in checks) else "FAIL",
         "checks": checks,
         "parity": [_finite(parity.to_dict()) for parity in parities],
-        "metric": metric_name(subject.split.labelled),
+        "metric": metric_name(subject.split),
         "accuracy": accuracy,
         "size": _sizes(subject),
         "heads": subject.heads.to_dict(),
         "ffn": subject.ffn.to_dict(),
         "kept_tokens": _sample_selections(subject),
     }
-    return result, question_scores(samples, subject.split.labelled, subject.baseline, answers)
+    return result, question_scores(subject.split, subject.baseline, answers)
 
 
 # ── Numbers ──────────────────────────────────────────────────────────────────
@@ -169,27 +169,24 @@ def _inputs(subject: Subject) -> list[tuple[str, dict[str, torch.Tensor]]]:
 # ── Accuracy ─────────────────────────────────────────────────────────────────
 
 
-def metric_name(labelled: bool) -> str:
-    return "VQA accuracy" if labelled else "agreement with the original"
+def metric_name(split: Split) -> str:
+    """What the mean of the scores is."""
+    return format_of(split.format).metric if split.labelled else "agreement with the original"
 
 
-def step_scores(
-    samples: Sequence[Sample], labelled: bool, baseline: Answers, answers: dict[str, Answers]
-) -> dict[str, NDArray[np.float64]]:
+def step_scores(split: Split, baseline: Answers, answers: dict[str, Answers]) -> dict[str, NDArray[np.float64]]:
     """Score of every question behind every step, [questions] each, 0..1, in sample order."""
-
-    def scores_of(given: Answers) -> NDArray[np.float64]:
-        return vqa_scores(samples, given) if labelled else agreement_scores(given, baseline)
-
     known = {"original": baseline, **answers}
-    return {step: scores_of(known[step]) for step in STEPS if step in known}
+    return {step: split_scores(split, known[step], baseline) for step in STEPS if step in known}
 
 
-def accuracy_table(
-    samples: Sequence[Sample], labelled: bool, baseline: Answers, answers: dict[str, Answers]
-) -> list[dict[str, Any]]:
-    """One row per step: mean, and paired differences to the original and to the step before, with standard errors."""
-    scores_by_step = step_scores(samples, labelled, baseline, answers)
+def accuracy_table(split: Split, baseline: Answers, answers: dict[str, Answers]) -> list[dict[str, Any]]:
+    """One row per step: mean, and paired differences to the original and to the step before, with standard errors.
+
+    ``official`` has the benchmark's own figures, such as POPE's F1 or MME's totals; none where nothing is labelled.
+    """
+    samples, known = split.validation, {"original": baseline, **answers}
+    scores_by_step = step_scores(split, baseline, answers)
     first = previous = scores_by_step["original"]
     rows = []
     for step, scores in scores_by_step.items():
@@ -201,25 +198,25 @@ def accuracy_table(
                 "to_original": estimate(samples, scores - first).to_dict(),
                 "to_previous": estimate(samples, scores - previous).to_dict(),
                 "by_kind": dict(by_kind(samples, scores)),
+                "official": official_figures(split, known[step]),
             }
         )
         previous = scores
     return rows
 
 
-def question_scores(
-    samples: Sequence[Sample], labelled: bool, baseline: Answers, answers: dict[str, Answers]
-) -> dict[str, Any]:
+def question_scores(split: Split, baseline: Answers, answers: dict[str, Answers]) -> dict[str, Any]:
     """What two runs are compared by, question by question.
 
     ``questions_sha256`` is over image names, questions and right answers, in order; ``clusters`` has the number of
     questions of each image; ``scores`` has the score of every question by step, 0..1.
     """
+    samples = split.validation
     asked = [[s.image.name, [[q.text, list(q.answers)] for q in s.questions]] for s in samples]
     return {
         "questions_sha256": sha256_json(asked),
         "clusters": [len(sample.questions) for sample in samples],
-        "scores": {step: s.tolist() for step, s in step_scores(samples, labelled, baseline, answers).items()},
+        "scores": {step: s.tolist() for step, s in step_scores(split, baseline, answers).items()},
     }
 
 
@@ -237,7 +234,7 @@ def summarize_variant(
         "ffn_macs_kept": ffn.kept_fraction,
         "tokens_kept": float(recipe.tokens.keep_ratio) if recipe.tokens.method != "none" else 1.0,
         "methods": {"heads": recipe.heads.method, "ffn": recipe.ffn.method, "tokens": recipe.tokens.method},
-        "accuracy": accuracy_table(split.validation, split.labelled, baseline, answers),
+        "accuracy": accuracy_table(split, baseline, answers),
     }
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from infoprune_export.analysis.analyse import EPSILON, WHAT, analyse, render
 from infoprune_export.data import dataset
-from infoprune_export.data.vqa import Sample
+from infoprune_export.data.samples import Sample
 from infoprune_export.errors import InfopruneError
 from infoprune_export.models.calibration import inputs_of
 from infoprune_export.models.tower import Form

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from infoprune_export.data import testbed
-from infoprune_export.data.vqa import Sample
+from infoprune_export.data.samples import Sample
 from infoprune_export.models import tower_of
 from infoprune_export.models.calibration import TaskLoss, captured_input, inputs_of
 from infoprune_export.models.vlm import VLM

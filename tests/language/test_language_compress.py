@@ -9,7 +9,7 @@ import torch
 from families import QWEN, build
 
 from infoprune_export.data import testbed
-from infoprune_export.data.vqa import Question, Sample
+from infoprune_export.data.samples import Question, Sample
 from infoprune_export.errors import InfopruneError
 from infoprune_export.language.asking import ask, see, start_of
 from infoprune_export.language.compress import check_language, compress_language

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from infoprune_export.data.vqa import Sample
+from infoprune_export.data.samples import Sample
 from infoprune_export.errors import InfopruneError
 from infoprune_export.models.calibration import inputs_of
 from infoprune_export.models.tower import Layout

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infoprune_export.data.vqa import Question, Sample
-from infoprune_export.validate.accuracy import agreement_scores, by_kind, estimate, vqa_scores
+from infoprune_export.data.samples import Question, Sample
+from infoprune_export.validate.accuracy import agreement_scores, by_kind, estimate, task_scores
 
 
 def samples_of(counts: list[int], kind: str = "") -> list[Sample]:
@@ -79,20 +79,20 @@ def test_estimate_to_dict_is_json():
 # ── Scores ───────────────────────────────────────────────────────────────────
 
 
-def test_vqa_scores_follow_sample_order():
+def test_task_scores_follow_sample_order():
     samples = [
         Sample(Path("a"), (Question("q", ("red",) * 10), Question("q", ("blue",) * 2 + ("red",) * 8))),
         Sample(Path("b"), (Question("q", ("no",) * 10),)),
     ]
-    scores = vqa_scores(samples, [["Red.", "blue"], ["yes"]])
+    scores = task_scores(samples, [["Red.", "blue"], ["yes"]])
     # two matches of ten: (2 * 1/3 + 8 * 2/3) / 10
     np.testing.assert_allclose(scores, [1.0, 0.6, 0.0])
 
 
 @pytest.mark.parametrize("answers", [[["yes"]], [["yes"], ["yes", "yes"]], [["yes"], []]])
-def test_vqa_scores_with_missing_or_extra_answers_raise(answers: list[list[str]]):
+def test_task_scores_with_missing_or_extra_answers_raise(answers: list[list[str]]):
     with pytest.raises(ValueError):
-        vqa_scores(samples_of([1, 1]), answers)
+        task_scores(samples_of([1, 1]), answers)
 
 
 def test_by_kind_gives_the_mean_of_every_named_kind():

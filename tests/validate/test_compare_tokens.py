@@ -21,7 +21,7 @@ from infoprune_export.recipe import DataSpec, DecoderSpec, ModelSpec, Recipe, To
 from infoprune_export.tokens.baselines import spatial
 from infoprune_export.tokens.encoder import VisionEncoder
 from infoprune_export.tokens.saturation import find_layer, measure_samples
-from infoprune_export.validate.accuracy import collect_answers, estimate, vqa_scores
+from infoprune_export.validate.accuracy import collect_answers, estimate, task_scores
 from infoprune_export.validate.compare_tokens import ALL, compare, compare_tokens, render, share
 
 HALF = Fraction(1, 2)
@@ -46,7 +46,9 @@ def few(scene_split):
 
 
 def scores_of(vlm, split, tokens: TokensSpec) -> np.ndarray:
-    return vqa_scores(split.validation, collect_answers(vlm, split.validation, VisionEncoder(vlm.tower, tokens).encode))
+    return task_scores(
+        split.validation, collect_answers(vlm, split.validation, VisionEncoder(vlm.tower, tokens).encode)
+    )
 
 
 def test_rows_are_paired_with_the_unpruned_model_and_with_infoprune(trained_vlm, few):
