@@ -18,10 +18,8 @@ STAGE_2 = ("decoder.method=infoprune", "decoder.keep_ratio=1/60")
 
 def small(folder: Path) -> list[str]:
     """Settings of a run that is made in seconds; its model is written into `folder` if it is not there."""
-    if not (model := folder / "two-blocks").exists():
-        _two_blocks(model)
     return [
-        f"model.name_or_path={model}",
+        f"model.name_or_path={two_blocks(folder)}",
         "data.calibration_images=8",
         "data.validation_questions=28",
         "heads.epochs=1",
@@ -33,14 +31,17 @@ def small(folder: Path) -> list[str]:
     ]
 
 
-def _two_blocks(folder: Path) -> None:
+def two_blocks(folder: Path) -> Path:
     """The testbed model with its first vision block, which has windows, and its last; the export takes the time."""
+    if (made := folder / "two-blocks").exists():
+        return made
     vlm = load(ModelSpec(name_or_path="testbed/tiny-qwen2.5-vl"))
     visual, config = vlm.model.model.visual, vlm.model.config.vision_config
     visual.blocks = nn.ModuleList([visual.blocks[0], visual.blocks[-1]])
     config.depth, config.fullatt_block_indexes = 2, [1]
-    vlm.model.save_pretrained(folder)
-    vlm.processor.save_pretrained(folder)
+    vlm.model.save_pretrained(made)
+    vlm.processor.save_pretrained(made)
+    return made
 
 
 def execute_quickstart(folder: Path, last: str, *settings: str, donor: Path | None = None) -> Run:

@@ -1,9 +1,10 @@
-"""Whole runs on the second testbed model: images of any size, every precision, down to the verdict's parities."""
+"""Whole runs on the second testbed model, two blocks of it: images of any size, every precision, down to the verdict."""
 
 import json
 
 import pytest
 from click.testing import CliRunner
+from finished import two_blocks
 
 from infoprune_export.cli import main
 
@@ -25,7 +26,8 @@ def folder(tmp_path_factory):
 
 def run(folder, *settings, command="validate"):
     arguments = [part for setting in settings for part in ("--set", setting)]
-    command = [command, "quickstart-qwen", *SMALL, *arguments, "--output", str(folder)]
+    model = f"model.name_or_path={two_blocks(folder.parent)}"
+    command = [command, "quickstart-qwen", "--set", model, *SMALL, *arguments, "--output", str(folder)]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     return json.loads((folder / "validation" / "validation.json").read_text())

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from forking import Forked, Forker
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -21,7 +19,6 @@ from infoprune_export.data import testbed
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
 STAGES = (
     "data baseline decoder gates budget heads ffn recovery language checkpoint accuracy onnx engine validation".split()
 )
@@ -59,42 +56,30 @@ class Command:
     """`infoprune-export` on a copy of the testbed model, which nobody else writes to."""
 
     model: Path
+    forker: Forker
 
-    def start(self, verb: str, folder: Path, *overrides: str) -> subprocess.Popen[str]:
-        # Whatever depends on the order of a set shall differ between the reference and the rest every time.
-        seed = "0" if folder.parent.name.startswith("reference") else "1"
+    def start(self, verb: str, folder: Path, *overrides: str) -> Forked:
         pairs = (f"model.name_or_path={self.model}", *SMALL, *overrides)
-        return subprocess.Popen(
-            [sys.executable, "-m", "infoprune_export.cli", verb, "quickstart", "--output", str(folder)]
-            + ["--device", "cpu", *(word for pair in pairs for word in ("--set", pair))],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        settings = (word for pair in pairs for word in ("--set", pair))
+        return self.forker.start([verb, "quickstart", "--output", str(folder), "--device", "cpu", *settings])
 
     def run(self, verb: str, folder: Path, *overrides: str) -> tuple[int, str]:
         process = self.start(verb, folder, *overrides)
         try:
-            _, stderr = process.communicate(timeout=300)
+            return process.wait(), process.stderr()
         finally:
             process.kill()
-        return process.returncode, stderr
 
     def kill(self, verb: str, folder: Path, pattern: str) -> None:
         """Start, and kill the whole process group as soon as there is a file of this pattern."""
         process = self.start(verb, folder)
         deadline = time.monotonic() + 300
         while not any(folder.glob(pattern)):
-            if process.poll() is not None:
-                pytest.fail(f"ended with {process.returncode} before {pattern} appeared: {process.communicate()[1]}")
+            if (code := process.poll()) is not None:
+                pytest.fail(f"ended with {code} before {pattern} appeared: {process.stderr()}")
             assert time.monotonic() < deadline, f"no {pattern} in {folder}"
             time.sleep(0.0005)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        assert process.kill() == -signal.SIGKILL
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -107,18 +92,37 @@ def identities(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
+def forker(factory: pytest.TempPathFactory, seed: int) -> Iterator[Forker]:
+    made = Forker.launch(factory.mktemp("stderr"), {"PYTHONHASHSEED": str(seed)})
+    yield made
+    made.close()
+
+
+# Whatever depends on the order of a set shall differ between the reference and the rest every time.
+
+
 @pytest.fixture(scope="module")
-def command(tmp_path_factory) -> Command:
+def first_forker(tmp_path_factory) -> Iterator[Forker]:
+    yield from forker(tmp_path_factory, 0)
+
+
+@pytest.fixture(scope="module")
+def second_forker(tmp_path_factory) -> Iterator[Forker]:
+    yield from forker(tmp_path_factory, 1)
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory, second_forker) -> Command:
     model = tmp_path_factory.mktemp("model") / "tiny-llava"
     shutil.copytree(testbed.checkpoint("testbed/tiny-llava"), model)
-    return Command(model)
+    return Command(model, second_forker)
 
 
 @pytest.fixture(scope="module")
-def reference(command, tmp_path_factory) -> Path:
+def reference(command, first_forker, tmp_path_factory) -> Path:
     """An undisturbed run up to its verdict."""
     folder = tmp_path_factory.mktemp("reference") / "run"
-    code, stderr = command.run("validate", folder)
+    code, stderr = Command(command.model, first_forker).run("validate", folder)
     verdict = json.loads((folder / "validation" / "validation.json").read_text())["verdict"]
     assert code == {"PASS": 0, "FAIL": 1}[verdict], stderr
     return folder
