@@ -31,6 +31,9 @@ def run(**options: Any) -> None:
       infoprune-export run quickstart --set heads.remove=0.25
     """
     folder = bring_up_to("report", **options)
+    from infoprune_export.console import print_validation
+
+    print_validation(folder.parent / "validation")
     click.echo(f"report: {folder / 'report.html'}")
     _end_with_verdict(folder.parent / "validation")
 
