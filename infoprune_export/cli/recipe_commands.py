@@ -127,26 +127,6 @@ def validate(kit_report: Path | None, **options: Any) -> None:
     _end_with_verdict(folder)
 
 
-@main.command()
-@takes_recipe
-@click.option("--real-size", is_flag=True, help="Time CLIP-L/336 with random weights at the recipe's budgets instead.")
-def bench(real_size: bool, **options: Any) -> None:
-    """Measure latency, original against compressed, interleaved in one run.
-
-    \b
-    Example:
-      infoprune-export bench quickstart --force
-      infoprune-export bench quickstart --real-size
-    """
-    if real_size:
-        _bench_real_size(**options)
-        return
-    from infoprune_export.console import print_bench
-
-    folder = bring_up_to("bench", **options)
-    print_bench(json.loads((folder / "bench.json").read_text(encoding="utf-8")))
-
-
 @main.command("first-token")
 @takes_recipe
 @click.option("--real-size", is_flag=True, help="Time a model of 0.9 B random weights at the recipe's budgets instead.")
@@ -185,18 +165,6 @@ def first_token(real_size: bool, memory: bool, file: Path | None, **options: Any
         result = first_token.measure(prepare, arguments, checked.bench, tracker(progress), memory=memory)
     wide_console().print(first_token.render(result))
     write_json(file, result)
-
-
-@main.command()
-@takes_recipe
-def report(**options: Any) -> None:
-    """Write the HTML report of a run.
-
-    \b
-    Example:
-      infoprune-export report quickstart
-    """
-    click.echo(bring_up_to("report", **options) / "report.html")
 
 
 @main.command()
@@ -259,19 +227,3 @@ def _end_with_kit_report(
     click.echo(conclusion(found))
     click.echo(f"verdict: {found.verdict}")
     sys.exit(0 if found.verdict == "PASS" else 1)
-
-
-def _bench_real_size(
-    recipe: str, overrides: tuple[str, ...], output: Path | None, device: str | None, force: bool
-) -> None:
-    checked = read(recipe, overrides, device)
-    from infoprune_export.console import quiet_libraries
-
-    quiet_libraries()
-    from infoprune_export.console import print_bench, print_selection
-    from infoprune_export.recipe import load_target
-    from infoprune_export.validate.real_size import bench_real_size
-
-    result = bench_real_size(checked, load_target(checked.engine.target))
-    print_bench(result)
-    print_selection(result["selection"])

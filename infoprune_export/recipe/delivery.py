@@ -135,7 +135,7 @@ class BenchSpec(Spec):
     @model_validator(mode="after")
     def _limits_fit(self) -> BenchSpec:
         if self.max_rounds is not None and self.max_rounds < self.rounds:
-            raise ValueError(f"max_rounds {self.max_rounds} is less than rounds {self.rounds}; raise it or lower rounds")
+            raise ValueError(f"max_rounds {self.max_rounds} is less than rounds {self.rounds}; raise it")
         if len(set(self.against)) < len(self.against):
             raise ValueError(f"against {list(self.against)}: name each once")
         return self

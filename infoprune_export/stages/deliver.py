@@ -182,23 +182,12 @@ def _subject(run: Run) -> Any:
 
 def make_bench(run: Run, folder: Path) -> None:
     """Latency of the original and the compressed encoder; wall-clock figures, different at every measurement."""
-    from infoprune_export.tokens.encoder import form_of
-    from infoprune_export.validate.bench import bench_onnx
+    from infoprune_export.validate.bench import bench
+    from infoprune_export.validate.bench_case import case_of_run
 
-    source = run.folder_of("onnx")
-    advance = run.track(
-        "bench rounds", len(run.recipe.bench.batch_sizes) * (run.recipe.bench.rounds + run.recipe.bench.warmup)
-    )
-    result = bench_onnx(
-        source,
-        open_checkpoint(run).tower,
-        run.original_on_cpu.tower,
-        run.recipe.tokens,
-        run.target,
-        run.recipe.bench,
-        several=form_of(run.original_on_cpu.tower, run.recipe.tokens, run.recipe.export.several).several,
-        on_round=lambda _: advance(1),
-    )
+    arguments = (run.recipe, run.folder_of("onnx"), run.folder_of("checkpoint"))
+    case = case_of_run(*arguments, original=run.original_on_cpu.tower)
+    result = bench(case_of_run, arguments, run.track, case)
     (folder / "bench.json").write_text(canonical_json(result), encoding="utf-8")
 
 

@@ -1,10 +1,12 @@
-"""How much faster the compressed encoder is, and how much of that the FLOPs promised."""
+"""How much faster the compressed encoder is, how much of that the FLOPs promised, and what else could run it.
+
+Everything that is compared takes turns in one interleaved run per batch size (`measure.latency`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -12,15 +14,20 @@ import torch
 from numpy.typing import NDArray
 
 from infoprune_export.artifacts import library_versions
-from infoprune_export.engine.onnxruntime import feed_of, open_session
-from infoprune_export.export.onnx import MODEL
+from infoprune_export.engine.onnxruntime import feed_of
 from infoprune_export.measure.flops import count_flops
-from infoprune_export.measure.latency import interleaved
+from infoprune_export.measure.latency import Calls, Timing, interleaved, until_narrow
 from infoprune_export.measure.machine import machine
-from infoprune_export.measure.statistics import paired_ratio, percentiles
-from infoprune_export.models.tower import Planned, VisionTower
-from infoprune_export.recipe import BenchSpec, Target, TokensSpec
-from infoprune_export.tokens.encoder import VisionEncoder
+from infoprune_export.measure.results import BenchResult, BenchRow, Parity, PeerRow, SelfResult, SelfRow
+from infoprune_export.measure.statistics import paired_ratio, percentiles, relative_width
+from infoprune_export.models.tower import Planned
+from infoprune_export.recipe import BenchSpec
+from infoprune_export.validate.bench_case import SIDES, BenchCase, Load, Side, check, reference_features
+from infoprune_export.validate.bench_memory import Prepare, memory_of
+from infoprune_export.validate.bench_running import Running, clock_of, session_running
+from infoprune_export.validate.peers import Contender, contenders, title_of
+
+Track = Callable[[str, int], Callable[[int], None]]
 
 
 def time_sessions(
@@ -39,57 +46,161 @@ def time_sessions(
     return interleaved(calls, rounds=spec.rounds, warmup=spec.warmup, on_round=on_round)
 
 
-def bench_onnx(
-    onnx_folder: Path,
-    compressed: VisionTower,
-    original: VisionTower,
-    tokens: TokensSpec,
-    target: Target,
-    spec: BenchSpec,
-    *,
-    several: bool | None = None,
-    on_round: Callable[[int], None] = lambda index: None,
-) -> dict[str, Any]:
-    """Time ``original`` and ``compressed`` of an export folder against each other in one interleaved run.
+def bench(prepare: Prepare, arguments: tuple[Any, ...], track: Track, case: BenchCase | None = None) -> BenchResult:
+    """Time original, compressed and the peers of ``bench.against`` in one interleaved run per batch size.
 
-    `efficiency` is the measured speed-up over the FLOP ratio, both of whole graphs: encoder, selection, projector.
-    Both sides see the same images in as many calls as their graphs need; `several` is what both were exported with.
+    `efficiency` is the measured speed-up over the FLOP ratio, both of whole graphs: encoder, selection, projector. All
+    sides see the same images, ours in as many calls as their graphs need. Outputs of every side are compared with
+    PyTorch's before it is timed where there are peers. ``bench.memory`` adds what every side holds and takes.
+
+    `prepare` makes the case from `arguments`, here unless it is given as `case`, and in the processes that measure
+    memory; it must then be a function of a module.
+
+    Raises:
+        InfopruneError: the target's provider did not start, or memory cannot be measured here.
     """
-    encoders = {
-        "original": (VisionEncoder(original, None, several), original),
-        "compressed": (VisionEncoder(compressed, tokens, several), compressed),
+    case = case or prepare(*arguments)
+    spec = case.spec
+    threads = torch.get_num_threads()
+    torch.set_num_threads(spec.threads)
+    try:
+        sessions = {side: case.open(side) for side in SIDES}
+        advance = track("peers prepared", len(spec.against)) if spec.against else lambda amount: None
+        peers = contenders(case, spec.against, advance)
+        rows = [_row(case, sessions, peers, case.load(size), track) for size in spec.batch_sizes]
+    finally:
+        torch.set_num_threads(threads)
+    provider = sessions["original"].get_providers()[0]
+    if spec.memory:
+        del sessions
+        for row in rows:
+            timed = [peer for peer in row["peers"] if peer["reason"] is None]
+            sides = [(None, side) for side in SIDES] + [(peer["peer"], peer["side"]) for peer in timed]
+            advance = track("peak memory", len(sides))
+            for name, side in sides:
+                key = side if name is None else title_of(name, side)
+                row["memory"][key] = memory_of(prepare, arguments, name, side, row["batch_size"])
+                advance(1)
+    return {
+        "target": case.target.name,
+        "provider": provider,
+        "threads": spec.threads,
+        "rounds": max(row["rounds"] for row in rows),
+        "warmup": spec.warmup,
+        "max_interval": spec.max_interval,
+        "machine": machine(),
+        "libraries": library_versions(),
+        "rows": rows,
     }
-    sessions = {
-        side: open_session(onnx_folder / side / MODEL, target, threads=spec.threads)
-        for side in ("original", "compressed")
+
+
+def _row(
+    case: BenchCase, sessions: Mapping[Side, Any], peers: Sequence[Contender], load: Load, track: Track
+) -> BenchRow:
+    running = {side: session_running(sessions[side], load.calls[side], case.device) for side in SIDES}
+    # Made once, and only if something is compared with it.
+    reference = cache(partial(reference_features, case, load))
+    parity: dict[str, Parity] = {}
+    others: dict[str, tuple[Running, Parity, float]] = {}
+    if peers:
+        for side in SIDES:
+            running[side].call()
+            parity[side] = check(case, side, load, running[side], case.limits[side], reference)
+        for peer in peers:
+            started = peer.on(load, lambda one, ran: check(case, one.side, load, ran, one.limits, reference))
+            if started is not None:
+                others[peer.title] = started
+    calls = {name: one.call for name, one in running.items()} | {name: one[0].call for name, one in others.items()}
+    timing = _timed(case, calls, "original", f"bench rounds, batch {load.batch_size}", track)
+    times = timing.times
+    flops: dict[str, int] = {
+        side: sum(count_flops(case.encoder(side), planned) for planned in load.calls[side]) for side in SIDES
     }
-    rows = []
-    for batch_size in spec.batch_sizes:
-        inputs = original.example_inputs(batch_size, torch.Generator().manual_seed(0))
-        calls = {side: tower.calls(inputs, encoder.form) for side, (encoder, tower) in encoders.items()}
-        times = time_sessions({side: (sessions[side], calls[side]) for side in sessions}, spec, on_round)
-        flops = {
-            side: sum(count_flops(encoder, planned) for planned in calls[side])
-            for side, (encoder, _) in encoders.items()
+    speedup = paired_ratio(times["original"], times["compressed"])
+    flop_ratio = flops["original"] / flops["compressed"]
+    return {
+        "batch_size": load.batch_size,
+        "rounds": timing.rounds,
+        "stopped": timing.stopped,
+        "milliseconds": {side: percentiles(times[side]) for side in SIDES},
+        "speedup": speedup,
+        "flops": flops,
+        "flop_ratio": flop_ratio,
+        "efficiency": speedup["median"] / flop_ratio,
+        "parity": parity,
+        "peers": [_peer_row(peer, others.get(peer.title), times) for peer in peers],
+        "memory": {},
+    }
+
+
+def _peer_row(
+    peer: Contender, started: tuple[Running, Parity, float] | None, times: Mapping[str, NDArray[np.float64]]
+) -> PeerRow:
+    row: PeerRow = {
+        "peer": peer.name,
+        "side": peer.side,
+        "version": peer.version,
+        "reason": peer.reason,
+        "milliseconds": None,
+        "speedup": None,
+        "parity": None,
+        "prepare_seconds": None,
+    }
+    if started is not None:
+        _, row["parity"], row["prepare_seconds"] = started
+        row["milliseconds"] = percentiles(times[peer.title])
+        row["speedup"] = paired_ratio(times["original"], times[peer.title])
+    return row
+
+
+def _timed(case: BenchCase, calls: Calls, reference: str, title: str, track: Track) -> Timing:
+    total = case.rounds.max_rounds + case.rounds.warmup
+    advance = track(title, total)
+    timing = until_narrow(calls, reference, case.rounds, on_round=lambda index: advance(1), clock=clock_of(case.device))
+    # Most runs are done long before; the line then goes.
+    if timing.rounds < case.rounds.max_rounds:
+        advance(case.rounds.max_rounds - timing.rounds)
+    return timing
+
+
+# ── The bench against itself ─────────────────────────────────────────────────
+
+
+def bench_self(case: BenchCase, track: Track) -> SelfResult:
+    """Time the original's graph in two sessions against each other: the ratio is 1, whatever the machine does.
+
+    An interval without 1 in it, more often than once in twenty, or one that stays wide, says that this machine cannot
+    tell such differences now.
+    """
+    spec, first, second = case.spec, case.open("original"), case.open("original")
+    rows: list[SelfRow] = []
+    for size in spec.batch_sizes:
+        load = case.load(size)
+        sessions = {"first": first, "second": second}
+        calls = {
+            name: session_running(session, load.calls["original"], case.device).call
+            for name, session in sessions.items()
         }
-        speedup = paired_ratio(times["original"], times["compressed"])
-        flop_ratio = flops["original"] / flops["compressed"]
+        timing = _timed(case, calls, "first", f"bench against itself, batch {size}", track)
+        ratio = paired_ratio(timing.times["first"], timing.times["second"])
+        width = relative_width(ratio)
         rows.append(
             {
-                "batch_size": batch_size,
-                "milliseconds": {side: percentiles(values) for side, values in times.items()},
-                "flops": flops,
-                "flop_ratio": flop_ratio,
-                "speedup": speedup,
-                "efficiency": speedup["median"] / flop_ratio,
+                "batch_size": size,
+                "rounds": timing.rounds,
+                "stopped": timing.stopped,
+                "milliseconds": {name: percentiles(times) for name, times in timing.times.items()},
+                "ratio": ratio,
+                "contains_one": ratio["low"] <= 1 <= ratio["high"],
+                "relative_width": width if np.isfinite(width) else None,
             }
         )
     return {
-        "target": target.name,
-        "provider": sessions["original"].get_providers()[0],
+        "target": case.target.name,
+        "provider": first.get_providers()[0],
         "threads": spec.threads,
-        "rounds": spec.rounds,
         "warmup": spec.warmup,
+        "max_interval": spec.max_interval,
         "machine": machine(),
         "libraries": library_versions(),
         "rows": rows,

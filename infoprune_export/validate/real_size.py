@@ -25,13 +25,15 @@ from infoprune_export.models import tower_of
 from infoprune_export.models.qwen import QwenTower
 from infoprune_export.models.tower import Form, VisionTower
 from infoprune_export.models.zoo import random_model
-from infoprune_export.recipe import BenchSpec, Recipe, Target, TokensSpec
+from infoprune_export.recipe import BenchSpec, ExportSpec, Recipe, Target, TokensSpec
 from infoprune_export.tokens.encoder import FEATURES, VisionEncoder
 from infoprune_export.tokens.select import keep_count
-from infoprune_export.validate.bench import bench_onnx, time_sessions
+from infoprune_export.validate.bench import Track, time_sessions
+from infoprune_export.validate.bench_case import SIDES, BenchCase, Side, case_of
 from infoprune_export.validate.parity import compare
 
 _TOWER = "clip-l-336"
+_OPSET = 20
 
 
 def prune_evenly(tower: VisionTower, heads_removed: float, ffn_kept: float, round_to: int, seed: int = 0) -> None:
@@ -60,39 +62,57 @@ class _FirstTokens(nn.Module):
         return self._tower.project(self._tower.visual_tokens(activations, planned)[:, : self._keep])
 
 
-def bench_real_size(
-    recipe: Recipe, target: Target, *, blocks: int = 24, on_round: Callable[[int], None] = lambda index: None
-) -> dict[str, Any]:
-    """`bench_onnx`'s figures at batch 1, and what prior, selection and merge add to the unpruned encoder.
+def export_real_size(recipe: Recipe, folder: Path, blocks: int = 24) -> None:
+    """Write both encoders that `case_of_real_size` compares."""
+    tokens = _selection(recipe)
+    for side, tower in _towers(recipe, blocks).items():
+        (folder / side).mkdir()
+        export_onnx(tower, tokens if side == "compressed" else None, folder / side, opset=recipe.export.opset)
 
-    ``selection.fraction`` is the median over rounds of (with - without) / without, both graphs interleaved in one run,
-    with a 95% interval. The graph without selection projects its first T tokens, so that the projector has
-    the same work in both and its saving does not hide the cost.
+
+def case_of_real_size(recipe: Recipe, folder: Path, blocks: int = 24) -> BenchCase:
+    """CLIP-L/336 and what the recipe's budgets make of it, fp32, one image; `folder` is `export_real_size`'s."""
+    settings = {"export": ExportSpec(), "bench": recipe.bench.model_copy(update={"batch_sizes": (1,)})}
+    fp32 = recipe.model_copy(update=settings)
+    return case_of(fp32, folder, _towers(recipe, blocks), _selection(recipe), None)
+
+
+def _towers(recipe: Recipe, blocks: int) -> dict[Side, VisionTower]:
+    towers: dict[Side, VisionTower] = {side: tower_of(random_model(_TOWER, blocks)) for side in SIDES}
+    prune_evenly(towers["compressed"], recipe.heads.remove, recipe.ffn.keep_macs, recipe.ffn.round_to)
+    return towers
+
+
+def _selection(recipe: Recipe) -> TokensSpec:
+    return recipe.tokens if recipe.tokens.method != "none" else TokensSpec()
+
+
+def selection_cost(case: BenchCase, track: Track) -> dict[str, Any]:
+    """What prior, selection and merge add to the unpruned encoder of `case_of_real_size`, at batch 1.
+
+    ``fraction`` is the median over rounds of (with - without) / without, both graphs interleaved in one run, with a 95%
+    interval. The graph without selection projects its first T tokens, so that the projector has the same work in both
+    and its saving does not hide the cost.
     """
-    spec = recipe.bench.model_copy(update={"batch_sizes": (1,)})
-    original = tower_of(random_model(_TOWER, blocks))
-    tokens = recipe.tokens if recipe.tokens.method != "none" else TokensSpec()
+    original, tokens, spec = case.towers["original"], case.tokens, case.spec
+    keep = keep_count(576, tokens.keep_ratio.numerator, tokens.keep_ratio.denominator)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        keep = keep_count(576, tokens.keep_ratio.numerator, tokens.keep_ratio.denominator)
-        for name, selection in (("original", None), ("selecting", tokens)):
+        for name in ("selecting", "first"):
             (root / name).mkdir()
-            export_onnx(original, selection, root / name, opset=recipe.export.opset)
-        (root / "first").mkdir()
-        first = _FirstTokens(original, keep)
-        export_module(first, original, Form(), [FEATURES], root / "first", opset=recipe.export.opset)
-        compressed = tower_of(random_model(_TOWER, blocks))
-        prune_evenly(compressed, recipe.heads.remove, recipe.ffn.keep_macs, recipe.ffn.round_to)
-        (root / "compressed").mkdir()
-        export_onnx(compressed, tokens, root / "compressed", opset=recipe.export.opset)
-        result = bench_onnx(root, compressed, original, tokens, target, spec, on_round=on_round)
+        export_onnx(original, tokens, root / "selecting", opset=_OPSET)
+        export_module(_FirstTokens(original, keep), original, Form(), [FEATURES], root / "first", opset=_OPSET)
         sessions = {
-            name: open_session(root / name / MODEL, target, threads=spec.threads) for name in ("first", "selecting")
+            name: open_session(root / name / MODEL, case.target, threads=spec.threads)
+            for name in ("first", "selecting")
         }
         calls = original.calls(original.example_inputs(1, torch.Generator().manual_seed(0)), Form())
-        times = time_sessions({name: (session, calls) for name, session in sessions.items()}, spec, on_round)
+        advance = track("rounds with and without selection", spec.rounds + spec.warmup)
+        times = time_sessions(
+            {name: (session, calls) for name, session in sessions.items()}, spec, lambda index: advance(1)
+        )
     ratio = paired_ratio(times["selecting"], times["first"])
-    result["selection"] = {
+    return {
         "tokens": 576,
         "kept": keep,
         "milliseconds": float(np.median(times["selecting"] - times["first"])),
@@ -100,7 +120,6 @@ def bench_real_size(
         "low": ratio["low"] - 1,
         "high": ratio["high"] - 1,
     }
-    return result
 
 
 # ── What pruning buys, tower by tower ────────────────────────────────────────

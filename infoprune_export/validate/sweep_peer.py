@@ -36,43 +36,51 @@ class Peer:
     """
 
     def __init__(self, family: str) -> None:
-        from transformers.exporters import exporter_dynamo
-        from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
-
-        # Named after its file, so transformers' verbosity does not reach it.
-        logging.getLogger(exporter_dynamo.__file__).setLevel(logging.ERROR)
         self._model = random_model(family)
-        options = session_options(load_target(TARGET), THREADS)
-        # A refusal is counted; that ONNX Runtime prints it as well helps nobody.
-        options.log_severity_level = 4
-        modules = [self._model.get_encoder(modality="image"), getattr(self._model.model, "multi_modal_projector", None)]
-        for module in filter(None, modules):
-            exported = OnnxExporter().export(module, self._sample(module), OnnxConfig(dynamic=True))
-            module.forward = partial(_stand_in, module, module.forward, exported.to("cpu", session_options=options))
-
-    def _sample(self, module: Any) -> dict[str, Any]:
-        """What the module is called with for two images of one size, all windows whole.
-
-        Of the samples that can be traced it fixes least: one image alone would fix the number of images.
-        """
-        calls: list[dict[str, Any]] = []
-        hook = module.register_forward_pre_hook(
-            lambda _, arguments, named: calls.append(_named(module.forward, arguments, named)), with_kwargs=True
-        )
         tower, generator = tower_of(self._model), torch.Generator().manual_seed(0)
         grids: list[Grid] = [(1, 16, 24)] * 2
         inputs = (
             tower.grid_inputs(grids, generator) if isinstance(tower, QwenTower) else tower.example_inputs(2, generator)
         )
-        with hook:
-            model_features(self._model, inputs)
-        return calls[0]
+        options = session_options(load_target(TARGET), THREADS)
+        replace_modules(self._model, inputs, options)
 
     def serves(self, case: Case) -> bool:
         return True
 
     def run(self, inputs: Inputs) -> Features:
         return model_features(self._model, inputs)
+
+
+def replace_modules(model: Any, inputs: Inputs, options: Any, device: str = "cpu") -> None:
+    """Put exports in the place of a model's image encoder and projector, in sessions with these options.
+
+    `inputs` are traced with. They should be of two images of one size, all windows whole: of the samples that can be
+    traced these fix least; one image alone would fix the number of images.
+    """
+    from transformers.exporters import exporter_dynamo
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    # Named after its file, so transformers' verbosity does not reach it.
+    logging.getLogger(exporter_dynamo.__file__).setLevel(logging.ERROR)
+    # A refusal is counted; that ONNX Runtime prints it as well helps nobody.
+    options.log_severity_level = 4
+    for module in (model.get_encoder(modality="image"), getattr(model.model, "multi_modal_projector", None)):
+        if module is not None:
+            exported = OnnxExporter().export(module, _sample(model, module, inputs), OnnxConfig(dynamic=True))
+            stand_in = exported.to(device, session_options=options)
+            module.forward = partial(_stand_in, module, module.forward, stand_in)
+
+
+def _sample(model: Any, module: Any, inputs: Inputs) -> dict[str, Any]:
+    """What a module of the model is called with for these images."""
+    calls: list[dict[str, Any]] = []
+    hook = module.register_forward_pre_hook(
+        lambda _, arguments, named: calls.append(_named(module.forward, arguments, named)), with_kwargs=True
+    )
+    with hook, torch.no_grad():
+        model.get_image_features(**inputs)
+    return calls[0]
 
 
 def _stand_in(module: Any, forward: Callable[..., Any], exported: Any, *arguments: Any, **named: Any) -> Any:
