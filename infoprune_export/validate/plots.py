@@ -100,6 +100,31 @@ def accuracy_steps(rows: Sequence[dict[str, Any]], metric: str) -> str:
     return to_svg(figure)
 
 
+def accuracy_pair(steps: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracy of two runs, ``a`` and ``b`` of every step, with 95% intervals; either may lack a step."""
+    figure = blank(WIDTH, 3)
+    axes = figure.add_subplot()
+    for side, colour, look, shift in (("a", BEFORE, "s--", -0.06), ("b", AFTER, "o-", 0.06)):
+        found = [(place, step[side]) for place, step in enumerate(steps) if step[side] is not None]
+        axes.errorbar(
+            [place + shift for place, _ in found],
+            [row["percent"] for _, row in found],
+            yerr=[1.96 * row["standard_error"] for _, row in found],
+            fmt=look,
+            color=colour,
+            capsize=3,
+            ms=5,
+            label=side.upper(),
+        )
+    axes.set(ylabel="%", xlim=(-0.4, len(steps) - 0.6))
+    axes.set_xticks(np.arange(len(steps)), [step["step"] for step in steps])
+    if len(steps) > 6:
+        axes.tick_params(axis="x", rotation=35)
+    axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    tidy(axes)
+    return to_svg(figure)
+
+
 def latency_bars(rows: Sequence[dict[str, Any]]) -> str:
     """Median latency per image before and after, for every batch size, with the 90th percentile as whisker."""
     figure = blank(WIDTH, 2.7)

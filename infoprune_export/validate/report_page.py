@@ -5,6 +5,7 @@ A page needs no script and nothing outside its file. Text comes from people and 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,7 @@ def render_page(template: str, **values: Any) -> str:
     )
     environment.filters["num"] = number
     environment.filters["used"] = share_of_limit
+    environment.filters["value"] = setting
     return environment.get_template(template).render(**values)
 
 
@@ -120,6 +122,13 @@ def _level(error: float, limit: float) -> int:
 def number(value: float | None, form: str = "%.3g") -> str:
     """A figure, or that it is none."""
     return "not finite" if value is None else form % value
+
+
+def setting(value: Any) -> str:
+    """A setting as JSON would have it, text without quotes."""
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def share_of_limit(used: float | None) -> str:
