@@ -186,6 +186,8 @@ def tracker(progress: Progress) -> Callable[[str, int], Callable[[int], None]]:
         task = progress.add_task(title, total=total)
 
         def advance(amount: int) -> None:
+            if task not in progress.task_ids:
+                return
             progress.advance(task, amount)
             if progress.tasks[progress.task_ids.index(task)].finished:
                 progress.remove_task(task)

@@ -10,6 +10,7 @@ from infoprune_export.recipe import Recipe, TokensSpec, assets, load_recipe, var
 from infoprune_export.tokens.decoder_methods import steps_of
 from infoprune_export.tokens.select import keep_count
 from infoprune_export.tokens.steps import tokens_per_layer
+from tests.test_study_recipes import STUDIES
 from tests.test_table_recipes import TABLES
 
 PUBLISHED = {
@@ -43,7 +44,7 @@ def test_the_tokens_of_a_published_setting_are_those_in_its_name(name):
 
 def test_every_published_setting_is_known_to_this_test():
     published = {name for name in assets("recipes") if not name.startswith("quickstart")}
-    assert published == {*PUBLISHED, *TABLES}
+    assert published == {*PUBLISHED, *TABLES, *STUDIES}
 
 
 @pytest.mark.parametrize(("variant", "mean"), [("r1-64", 64), ("r1-77", 64.5), ("r1-85", 64)])

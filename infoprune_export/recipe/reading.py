@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import json
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +23,10 @@ from infoprune_export.recipe.whole import Recipe
 from infoprune_export.shipped import shipped_folder
 
 
-def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str | Path, overrides: Sequence[str] = (), grid: Sequence[str] = ()) -> Recipe:
     """Read a recipe by path or shipped name and apply ``dotted.key=value`` overrides (values are YAML).
+
+    ``dotted.key=value,value`` of `grid` join the recipe's own grid, and replace its values of the same key.
 
     Raises:
         InfopruneError: no such file, not YAML, unknown key, wrong type, value out of range.
@@ -37,9 +43,13 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise InfopruneError(f"--set {override!r:.80}: the value is not valid YAML; quote it") from None
         _check_plain(value, f"--set {key}")
         _assign(tree, key, value)
-    recipe = _check(Recipe, tree, path)
+    if grid:
+        axes = tree.get("grid", {})
+        tree["grid"] = {**axes, **dict(map(_axis, grid))} if isinstance(axes, dict) else axes
+    recipe: Recipe = _check(Recipe, tree, path)
     for variant in recipe.variants:
         variant_of(recipe, variant)
+    points_of(recipe)
     return recipe
 
 
@@ -60,16 +70,97 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def variant_of(recipe: Recipe, variant: str) -> Recipe:
-    """The recipe with one variant's overrides applied, and no variants of its own."""
+    """The recipe with one variant's overrides applied, and neither variants nor a grid of its own."""
+    return _overridden(recipe, variant, recipe.variants[variant], f"variant {variant!r} of {recipe.name}")
+
+
+def _overridden(recipe: Recipe, name: str, settings: Mapping[str, Any], origin: str) -> Recipe:
     tree = recipe.to_dict()
-    tree.update(name=f"{recipe.name}-{variant}", variants={})
-    origin = f"variant {variant!r} of {recipe.name}"
-    for key, value in recipe.variants[variant].items():
+    tree.update(name=f"{recipe.name}-{name}", variants={}, grid={})
+    for key, value in settings.items():
         try:
             _assign(tree, key, value)
         except InfopruneError as error:
             raise InfopruneError(f"{origin}: {error}") from None
-    return _check(Recipe, tree, origin)
+    checked: Recipe = _check(Recipe, tree, origin)
+    return checked
+
+
+# ── Grids ────────────────────────────────────────────────────────────────────
+
+MOST_POINTS = 1000
+_ONE_FOR_ALL = ("name", "description", "device", "model", "variants", "grid")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination of a grid's values: what it is called, what it sets, and the recipe that makes."""
+
+    name: str
+    settings: Mapping[str, Any]
+    recipe: Recipe
+
+
+def points_of(recipe: Recipe) -> list[Point]:
+    """All combinations of the recipe's grid, the last key's values changing first; none without a grid.
+
+    A point is called after its values, such as ``remove-0.5_keep_macs-0.25``, by the last part of a key if no other key
+    ends like it.
+
+    Raises:
+        InfopruneError: a key no grid may have, values that repeat, too many points, or one that is no recipe.
+    """
+    if not recipe.grid:
+        return []
+    for key, values in recipe.grid.items():
+        if key.partition(".")[0] in _ONE_FOR_ALL:
+            raise InfopruneError(
+                f"grid: {key!r} is the same at every point; sweep each {key.partition('.')[0]} for itself"
+            )
+        texts = [json.dumps(value) for value in values]
+        if repeated := [text for text in texts if texts.count(text) > 1]:
+            raise InfopruneError(f"grid: {key} has {repeated[0]:.60} twice; leave one out")
+    count = math.prod(map(len, recipe.grid.values()))
+    if count > MOST_POINTS:
+        raise InfopruneError(f"grid has {count} points, at most {MOST_POINTS} are taken; give fewer values")
+    points: list[Point] = []
+    taken: set[str] = set()
+    for values in itertools.product(*recipe.grid.values()):
+        settings = dict(zip(recipe.grid, values, strict=True))
+        name = _unlike(_point_name(settings), taken)
+        taken.add(name.lower())
+        points.append(Point(name, settings, _overridden(recipe, name, settings, f"point {name!r} of {recipe.name}")))
+    return points
+
+
+def _point_name(settings: Mapping[str, Any]) -> str:
+    tails = [key.rpartition(".")[2] for key in settings]
+    parts = []
+    for (key, value), tail in zip(settings.items(), tails, strict=True):
+        title = tail if tails.count(tail) == 1 else key
+        parts.append(f"{title}-{value if isinstance(value, str) else json.dumps(value)}")
+    # What a folder and a recipe may be called.
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", "_".join(parts))
+    return name.lstrip("._-")[:100].rstrip("._-") or "point"
+
+
+def _unlike(name: str, taken: set[str]) -> str:
+    """The name, numbered if another point has it already, on file systems that ignore case too."""
+    numbered = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+    return next(candidate for candidate in numbered if candidate.lower() not in taken)
+
+
+def _axis(text: str) -> tuple[str, Any]:
+    """``KEY=VALUE,VALUE`` as key and values."""
+    key, separator, values = text.partition("=")
+    if not separator or not key or not values.strip():
+        raise InfopruneError(f"--grid {text!r:.80}: expected KEY=VALUE,VALUE, such as --grid heads.remove=0.25,0.5")
+    try:
+        listed = yaml.safe_load(f"[{values}]")
+    except _YAML_ERRORS:
+        raise InfopruneError(f"--grid {text!r:.80}: the values are not valid YAML; quote them") from None
+    _check_plain(listed, f"--grid {key}")
+    return key, listed
 
 
 def load_target(name: str) -> Target:

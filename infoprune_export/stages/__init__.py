@@ -75,6 +75,10 @@ def _onnx_slice(recipe: Recipe) -> dict[str, Any]:
     return chosen
 
 
+def _variants_slice(recipe: Recipe) -> dict[str, Any]:
+    return {k: v for k, v in recipe.to_dict().items() if k not in ("validate", "bench", "description", "grid")}
+
+
 def _target_slice(recipe: Recipe) -> dict[str, Any]:
     from infoprune_export.artifacts import sha256_file
     from infoprune_export.recipe import TensorRtTarget, engine_target
@@ -153,7 +157,7 @@ STAGES: dict[str, Stage] = {
             "variants",
             "variants run",
             ("data", "baseline", "gates"),
-            lambda recipe: {k: v for k, v in recipe.to_dict().items() if k not in ("validate", "bench", "description")},
+            _variants_slice,
             make_variants,
         ),
         Stage(

@@ -1,0 +1,83 @@
+"""All points of a sweep in one interleaved run: points that were made beside each other disturbed each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infoprune_export.engine.onnxruntime import open_session
+from infoprune_export.export.onnx import MODEL
+from infoprune_export.measure.latency import Limits, Timing, until_narrow, wall_clock
+from infoprune_export.models.tower import Form, VisionTower
+from infoprune_export.recipe import BenchSpec, Recipe, load_target
+from infoprune_export.tokens.encoder import VisionEncoder, form_of
+from infoprune_export.validate.bench import Track
+from infoprune_export.validate.bench_running import Running, check_provider, clock_of, device_of, session_running
+
+ORIGINAL = "original"
+"""No point is called so: names of points have a value in them."""
+
+
+@dataclass(frozen=True)
+class _Graph:
+    session: Any
+    form: Form
+    device: str
+
+
+def time_points(
+    tower: VisionTower, runs: Mapping[str, tuple[Recipe, Path]], spec: BenchSpec, track: Track
+) -> dict[int, Timing]:
+    """Milliseconds of the original and of every point, by batch size; the original is the first point's export of it.
+
+    `tower` is the original's, `runs` has the recipe and the ``onnx`` folder of every point. Every graph gets the same
+    random images, in as many calls as it needs. Rounds go on as those of ``bench`` do: until the ratio of the original
+    to every point is known to ``bench.max_interval``.
+
+    Raises:
+        InfopruneError: a target's provider did not start.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(spec.threads)
+    try:
+        graphs = _open(tower, runs, spec)
+        devices = {graph.device for graph in graphs.values()}
+        clock = clock_of(devices.pop()) if len(devices) == 1 else wall_clock
+        limits = Limits(spec.rounds, spec.most_rounds, spec.max_seconds, spec.max_interval, spec.warmup)
+        timings = {}
+        for size in spec.batch_sizes:
+            inputs = tower.example_inputs(size, torch.Generator().manual_seed(0))
+            calls = {}
+            for name, graph in graphs.items():
+                ready: Running = session_running(graph.session, tower.calls(inputs, graph.form), graph.device)
+                calls[name] = ready.call
+            advance = track(f"all points timed, batch {size}", limits.max_rounds + limits.warmup)
+            timing = until_narrow(calls, ORIGINAL, limits, on_round=_one(advance), clock=clock)
+            advance(limits.max_rounds - timing.rounds)
+            timings[size] = timing
+        return timings
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _one(advance: Callable[[int], None]) -> Callable[[int], None]:
+    return lambda _: advance(1)
+
+
+def _open(tower: VisionTower, runs: Mapping[str, tuple[Recipe, Path]], spec: BenchSpec) -> dict[str, _Graph]:
+    first, folder = next(iter(runs.values()))
+    wanted = {ORIGINAL: (first, folder / "original")}
+    wanted |= {name: (recipe, onnx / "compressed") for name, (recipe, onnx) in runs.items()}
+    graphs = {}
+    for name, (recipe, place) in wanted.items():
+        target = load_target(recipe.engine.target)
+        session = open_session(place / MODEL, target, threads=spec.threads)
+        check_provider(session, target)
+        several = form_of(tower, recipe.tokens, recipe.export.several).several
+        form = VisionEncoder(tower, None if name == ORIGINAL else recipe.tokens, several).form
+        graphs[name] = _Graph(session, form, device_of(target))
+    return graphs
