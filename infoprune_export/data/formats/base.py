@@ -199,8 +199,15 @@ def json_lines(path: Path, what: str) -> Iterator[tuple[str, Any]]:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield f"{path}: line {number}", json.loads(line)
+                    yield f"{path}: line {number}", _parsed(line, f"{path}: line {number}", what)
     except OSError as error:
         raise InfopruneError(f"{path}: cannot be read ({error.strerror}); name {what}") from None
+    except UnicodeDecodeError:
+        raise InfopruneError(f"{path}: not UTF-8; name {what}") from None
+
+
+def _parsed(line: str, where: str, what: str) -> Any:
+    try:
+        return json.loads(line)
     except (ValueError, RecursionError):
-        raise InfopruneError(f"{path}: a line is not valid JSON; name {what}") from None
+        raise InfopruneError(f"{where} is not valid JSON; name {what}") from None
