@@ -53,6 +53,9 @@ ALLOWED_EXITS = {"doctor": {0, 1}}
 """Besides 0: what is wrong with this machine's installation is no fault of the page."""
 
 
+_NEURONS = 128
+
+
 # ── The place ────────────────────────────────────────────────────────────────
 
 
@@ -71,7 +74,7 @@ def furnish(place: Path) -> None:
 
 
 def _small_llava(folder: Path) -> None:
-    """The shipped LLaVA with the first two of the vision blocks that it uses, and the one behind them."""
+    """The shipped LLaVA with three of its vision blocks, of which it uses two, and a quarter of their neurons."""
     from torch import nn
 
     from infoprune_export.models.vlm import load
@@ -80,7 +83,12 @@ def _small_llava(folder: Path) -> None:
     vlm = load(ModelSpec(name_or_path="testbed/tiny-llava"))
     layers = vlm.model.model.vision_tower.encoder.layers
     vlm.model.model.vision_tower.encoder.layers = nn.ModuleList(list(layers[:3]))
+    for layer in layers[:3]:
+        layer.mlp.fc1.weight = nn.Parameter(layer.mlp.fc1.weight[:_NEURONS].clone())
+        layer.mlp.fc1.bias = nn.Parameter(layer.mlp.fc1.bias[:_NEURONS].clone())
+        layer.mlp.fc2.weight = nn.Parameter(layer.mlp.fc2.weight[:, :_NEURONS].clone())
     vlm.model.config.vision_config.num_hidden_layers = 3
+    vlm.model.config.vision_config.intermediate_size = _NEURONS
     vlm.model.save_pretrained(folder)
     vlm.processor.save_pretrained(folder)
 
@@ -168,6 +176,8 @@ def _cheaper(context: click.Context, recipe: Recipe | None) -> list[str]:
             added += [options[0], value]
             if options[1:] and value == "magnitude":
                 added += [options[1], value]
+    if name == "parity" and not given["families"]:
+        added.append("llava")
     if "overrides" in given and recipe is not None:
         settings = [*CHEAP, f"model.name_or_path={_model_for(recipe)}", "model.image_packing=anyres"]
         if name != "sweep":

@@ -6,6 +6,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,13 +34,18 @@ def modules() -> dict[str, Path]:
     return found
 
 
+@cache
+def nodes(source: str) -> tuple[ast.Import | ast.ImportFrom, ...]:
+    """Every import statement, wherever it stands."""
+    return tuple(node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom)))
+
+
 def imported(source: str, known: set[str]) -> Iterator[tuple[int, str]]:
     """Line and module of every import of our own, lazy ones and those for types too."""
-    for node in ast.walk(ast.parse(source)):
-        names: list[str] = []
+    for node in nodes(source):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
+        else:
             assert node.level == 0, f"line {node.lineno}: a relative import"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
@@ -111,9 +117,8 @@ def test_an_upward_import_is_found_wherever_it_hides():
 def test_tensorrt_is_imported_in_its_room_alone():
     importing = []
     for module, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for node in nodes(path.read_text(encoding="utf-8")):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
             if any(name.partition(".")[0] == "tensorrt" for name in names):
                 importing.append(module)
     assert [module for module in importing if not module.startswith("engine.tensorrt.")] == []
