@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 import torch
-from markupsafe import Markup
 from torch.nn import functional as F
 
 from infoprune_export import __version__
@@ -46,6 +45,7 @@ from infoprune_export.tokens.steps import Step, check_steps
 from infoprune_export.tokens.watch import text_model
 from infoprune_export.validate.accuracy import by_kind
 from infoprune_export.validate.report import pictures_of
+from infoprune_export.validate.report_page import figure, style
 
 if TYPE_CHECKING:
     from infoprune_export.data.samples import Sample
@@ -60,6 +60,17 @@ EPSILON = 1e-3
 POINTS = 72
 """Most points of a curve over an image's tokens; as many as the paper's."""
 
+_ALTERNATIVES = {
+    "increments": "Curves of MFI and MGI over the share of an image's tokens chosen so far, one for each order.",
+    "flows": "Curves of attention flows to text and among visual tokens over decoder layers; values in the table.",
+    "maturity": "Curves of agreement and probability over decoder layers; values in the table.",
+    "kept": "Validation images with the tokens that each order keeps; what it drops is dimmed.",
+    "heads": "Two maps of blocks by heads: negative entropy, and cost of removal.",
+    "density": "Row density of every block's FFN for W1, W2 and their product; values in the table.",
+    "ranks": "Ranks kept by epsilon for every block; values in the table.",
+    "damage": "Curves of the cost of removing a block's cheapest heads and neurons.",
+}
+"""What figures show, for who cannot see them."""
 _TEMPLATE = Path(__file__).with_name("analysis.html.j2")
 Track = Callable[[str, int], Callable[[int], None]]
 """A progress line's title and total to the function that advances it."""
@@ -138,8 +149,10 @@ def render(name: str, result: Mapping[str, Any], drawn: Mapping[str, str]) -> st
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    figures_of = {key: Markup(svg) for key, svg in drawn.items()}
-    return template.render(name=name, result=result, figures=figures_of, orders=figures.ORDERS, version=__version__)
+    figures_of = {key: figure(key, svg, _ALTERNATIVES[key]) for key, svg in drawn.items()}
+    return template.render(
+        name=name, result=result, figures=figures_of, orders=figures.ORDERS, style=style(), version=__version__
+    )
 
 
 def _check(recipe: Recipe, folder: Path, what: Collection[str], images: int) -> None:

@@ -224,6 +224,7 @@ def make_report(run: Run, folder: Path) -> None:
 
     validation = read_json(run.folder_of("validation") / "validation.json")
     variants = read_json(run.folder_of("variants") / "variants.json")
+    attributed = run.finished.get("attribution")
     report = report_json.build(
         name=run.recipe.name,
         description=run.recipe.description,
@@ -232,6 +233,7 @@ def make_report(run: Run, folder: Path) -> None:
         bench=read_json(run.folder_of("bench") / "bench.json"),
         variants=variants,
         artefacts=report_json.describe(run.finished),
+        attribution=read_json(attributed / "attribution.json") if attributed is not None else None,
     )
     page = render(
         report,

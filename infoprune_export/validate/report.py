@@ -13,13 +13,14 @@ from infoprune_export import __version__
 from infoprune_export.ffn.plan import FfnPlan
 from infoprune_export.validate import plots
 from infoprune_export.validate.report_json import used_of
-from infoprune_export.validate.report_page import figure, render_page
+from infoprune_export.validate.report_page import Cell, figure, render_page, strip
 from infoprune_export.validate.tables import budget_parts, compare_runs
 
 if TYPE_CHECKING:
     from infoprune_export.data.samples import Sample
     from infoprune_export.models.vlm import VLM
     from infoprune_export.validate.report_schema import Parity, Report
+    from infoprune_export.validate.report_schema_attribution import Attribution
 
 REPORT = "report.html"
 
@@ -54,7 +55,8 @@ def render(
         worst_step=dearest if dearest is not None and dearest.to_previous.percent < 0 else None,
         worst_parity=max(report.parity, key=_relative),
         official=list(official),
-        attribution=None,
+        attribution=report.attribution,
+        strips=_strips(report.attribution),
         compare=compare_runs(validation, report.recipe, variants),
         budget=budget_parts(budget),
         recipe=report.recipe,
@@ -115,6 +117,25 @@ def _figures(
         )
         figures["recovery"] = figure("recovery", plots.recovery_history(recovery), text)
     return figures
+
+
+def _strips(attribution: Attribution | None) -> dict[str, Markup]:
+    """Local errors of the blocks' parts, by step."""
+    rows: dict[str, dict[str, dict[int, Cell]]] = {}
+    for row in attribution.blocks if attribution is not None else ():
+        if row.block is not None and row.judged:
+            figures = row.value if row.added is None else row.added
+            part = row.part.rpartition(".")[2]
+            rows.setdefault(row.step, {}).setdefault(part, {})[row.block] = (figures.relative_error, row.tolerance)
+    strips = {}
+    for step, parts in rows.items():
+        cells = [(part, block, *cell) for part, blocks in parts.items() for block, cell in blocks.items()]
+        part, block, error, limit = max(cells, key=lambda cell: np.inf if cell[2] is None else cell[2] / cell[3])
+        said = "not finite" if error is None else f"{error:.1e}"
+        strips[step] = strip(
+            parts, f"Errors of every block at the step {step}. Worst: block {block}, {part}, {said} of {limit:.1e}."
+        )
+    return strips
 
 
 def pictures_of(vlm: VLM, samples: Sequence[Sample], validation: Mapping[str, Any]) -> list[str]:

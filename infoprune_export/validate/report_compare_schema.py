@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from infoprune_export.validate.report_schema import Count, Decision, Estimate, Part, Verdict, schema_of
+from infoprune_export.validate.report_schema import Decision, Estimate
+from infoprune_export.validate.report_schema_base import Count, Part, Verdict, schema_of
 
 SCHEMA_VERSION = 1
 

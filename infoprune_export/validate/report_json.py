@@ -12,12 +12,14 @@ import pydantic
 from infoprune_export.artifacts import MANIFEST, canonical_json, library_versions, read_manifest, sha256_file
 from infoprune_export.errors import InfopruneError
 from infoprune_export.validate import report_schema as schema
+from infoprune_export.validate import report_schema_attribution as attributed
+from infoprune_export.validate.report_schema_base import Part
 
 REPORT_JSON = "report.json"
 DELIVERED = ("checkpoint", "onnx", "engine", "validation", "bench", "attribution")
 """Stages whose files are named one by one."""
 
-Model = TypeVar("Model", bound=schema.Part)
+Model = TypeVar("Model", bound=Part)
 
 
 def build(
@@ -29,6 +31,7 @@ def build(
     bench: Mapping[str, Any],
     variants: Mapping[str, Any],
     artefacts: Mapping[str, schema.Artefact],
+    attribution: Mapping[str, Any] | None = None,
 ) -> schema.Report:
     """A run's results in the published form; see `report.render` for the inputs."""
     ffn = validation["ffn"]
@@ -47,6 +50,7 @@ def build(
             total=list(validation["heads"]["total"]), kept=[list(kept) for kept in validation["heads"]["kept"]]
         ),
         ffn=[_ffn(width, choice) for width, choice in zip(ffn["widths"], ffn["choices"], strict=True)],
+        attribution=None if attribution is None else _attribution(attribution),
         bench=_bench(bench),
         variants={
             variant: _pick(schema.Variant, found, accuracy=_accuracy(found["accuracy"]))
@@ -68,12 +72,12 @@ def describe(folders: Mapping[str, Path]) -> dict[str, schema.Artefact]:
     return found
 
 
-def write(path: Path, report: schema.Part) -> None:
+def write(path: Path, report: Part) -> None:
     """As canonical JSON: equal reports give equal bytes."""
     path.write_text(dumps(report), encoding="utf-8")
 
 
-def dumps(report: schema.Part) -> str:
+def dumps(report: Part) -> str:
     """What `write` writes."""
     return canonical_json(report.model_dump(mode="json"))
 
@@ -207,3 +211,32 @@ def _peer(peer: Mapping[str, Any]) -> schema.Peer:
         speedup=None if peer["speedup"] is None else _pick(schema.Ratio, peer["speedup"]),
         parity=None if peer["parity"] is None else _pick(schema.OutputParity, peer["parity"]),
     )
+
+
+def _attribution(found: Mapping[str, Any]) -> attributed.Attribution:
+    return _pick(
+        attributed.Attribution,
+        found,
+        steps=[
+            _pick(
+                attributed.StepRow, row, **{key: _worst(row[key]) for key in ("to_original", "to_previous", "parity")}
+            )
+            for row in found["steps"]
+        ],
+        blocks=[
+            _pick(attributed.PartRow, row, **{key: _worst(row[key]) for key in ("value", "added")})
+            for row in found["blocks"]
+        ],
+        broken=[
+            _pick(
+                attributed.Broken,
+                part,
+                overflow=[_pick(attributed.Overflow, node) for node in part.get("overflow", ())],
+            )
+            for part in found["broken"]
+        ],
+    )
+
+
+def _worst(figures: Mapping[str, Any] | None) -> attributed.WorstFigures | None:
+    return None if figures is None else _pick(attributed.WorstFigures, figures)

@@ -6,9 +6,8 @@ A page needs no script and nothing outside its file. Text comes from people and 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -57,13 +56,25 @@ def style() -> Markup:
 # ── Figures ──────────────────────────────────────────────────────────────────
 
 
+NARROW, LEGIBLE = 480, 0.7
+"""A figure of so many CSS pixels may shrink to a telephone's width; a wider one to this share of its own, then it
+scrolls."""
+
+
 def figure(key: str, svg: str, alternative: str) -> Markup:
     """A drawn SVG for a page: with its text alternative, colours of the style, and names of its own by `key`."""
     svg = re.sub(r"(fill|stroke): ?(#[0-9a-f]{6})\b", _variable, svg)
-    svg = re.sub(r'\bid="', f'id="{key}-', svg)
-    svg = re.sub(r'((?:xlink:)?href="#|url\(#)', rf"\1{key}-", svg)
-    named = f'<svg role="img" aria-label="{escape(alternative)}" '
-    return Markup(f'<figure class="shrinks">{svg.strip().replace("<svg ", named, 1)}</figure>')
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
+    svg = re.sub(r' id="([^"]+)"', lambda found: f' id="{key}-{found[1]}"' if found[1] in used else "", svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\1{key}-", svg)
+    named = f'<svg role="img" aria-label="{escape(alternative)}"'
+    found = re.search(r'<svg [^>]*?\bwidth="([\d.]+)pt"', svg)
+    width = float(found[1]) * 4 / 3 if found else 0.0
+    scrolls = width > NARROW
+    if scrolls:
+        named += f' style="min-width: {LEGIBLE * width:.0f}px"'
+    svg = svg.strip().replace("<svg", named, 1)
+    return Markup(f'<figure class="shrinks"{" tabindex=0" if scrolls else ""}>{svg}</figure>')
 
 
 def _variable(found: re.Match[str]) -> str:
@@ -74,44 +85,42 @@ def _variable(found: re.Match[str]) -> str:
 
 CELL, ROW, NAMES = 50, 24, 86
 """Pixels of a strip: width of a block, height of a part, width of the parts' names."""
+Cell = tuple[float | None, float]
+"""An error, None where it is not finite, and its limit."""
 
 
-def strip(rows: Mapping[str, Sequence[float | None]], limit: float | Sequence[float], alternative: str) -> Markup:
+def strip(rows: Mapping[str, Mapping[int, Cell]], alternative: str) -> Markup:
     """Errors of every block as a heat strip: a row per part, a column per block, each cell with its number.
 
-    Colour says how much of `limit` (one, or one for each row) an error takes: less than a hundredth, a tenth, a half,
-    all of it, or more, which is also said by bold figures and a mark. None is nothing measured, infinity not finite.
+    Colour says how much of its limit an error takes: less than a hundredth, a tenth, a half, all of it, or more, which
+    a mark and bold figures say, too. A block without an error has no cell.
     """
-    limits = [limit] * len(rows) if isinstance(limit, (int, float)) else list(limit)
-    blocks = max(map(len, rows.values()))
+    blocks = 1 + max(block for cells in rows.values() for block in cells)
     width, height = NAMES + CELL * blocks, ROW * (len(rows) + 1)
-    parts = [
-        f'<text class="name" x="{NAMES + CELL * (block + 0.5):.0f}" y="16" text-anchor="middle">{block}</text>'
-        for block in range(blocks)
-    ]
-    parts.append('<text class="name" x="0" y="16">block</text>')
-    for line, ((name, errors), most) in enumerate(zip(rows.items(), limits, strict=True), start=1):
-        top = ROW * line
-        parts.append(f'<text class="name" x="0" y="{top + 16}">{escape(name)}</text>')
-        for block, error in enumerate(errors):
-            if error is None:
-                continue
-            level, left = _level(error, most), NAMES + CELL * block
-            said = "inf" if math.isinf(error) else f"{error:.0e}"
-            mark = " !" if level == 4 else ""
-            parts.append(
-                f'<rect class="h{level}" x="{left + 1}" y="{top + 1}" width="{CELL - 2}" height="{ROW - 2}" rx="3"/>'
-                f'<text class="t{4 if level == 4 else ""}" x="{left + CELL / 2:.0f}" y="{top + 16}" '
-                f'text-anchor="middle">{said}{mark}</text>'
-            )
+    parts = ['<text class="name" x="0" y="16">block</text>']
+    parts += [_text("name", block, 0, str(block)) for block in range(blocks)]
+    for line, (name, cells) in enumerate(rows.items(), start=1):
+        parts.append(f'<text class="name" x="0" y="{ROW * line + 16}">{escape(name)}</text>')
+        for block, (error, limit) in sorted(cells.items()):
+            level = heat(error, limit)
+            left, top = NAMES + CELL * block + 1, ROW * line + 1
+            said = "inf" if error is None else f"{error:.0e}"
+            parts.append(f'<rect class="h{level}" x="{left}" y="{top}" width="{CELL - 2}" height="{ROW - 2}" rx="3"/>')
+            parts.append(_text("t4" if level == 4 else "t", block, line, said + (" !" if level == 4 else "")))
     return Markup(
         f'<figure class="strip" tabindex="0"><svg role="img" aria-label="{escape(alternative)}" width="{width}" '
         f'height="{height}" viewBox="0 0 {width} {height}">{"".join(parts)}</svg></figure>'
     )
 
 
-def _level(error: float, limit: float) -> int:
-    if error > limit:
+def _text(kind: str, block: int, line: int, said: str) -> str:
+    x, y = NAMES + CELL * block + CELL // 2, ROW * line + 16
+    return f'<text class="{kind}" x="{x}" y="{y}" text-anchor="middle">{said}</text>'
+
+
+def heat(error: float | None, limit: float) -> int:
+    """0 to 3 by the share of the limit that an error takes, 4 beyond it."""
+    if error is None or error > limit:
         return 4
     return sum(error > share * limit for share in (0.01, 0.1, 0.5))
 

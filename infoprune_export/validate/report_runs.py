@@ -12,7 +12,8 @@ import pydantic
 from infoprune_export.artifacts import MANIFEST, read_manifest, sha256_file, verify
 from infoprune_export.errors import InfopruneError
 from infoprune_export.validate import report_json
-from infoprune_export.validate.report_schema import Count, Part, Report, Sha256, Share
+from infoprune_export.validate.report_schema import Report
+from infoprune_export.validate.report_schema_base import Count, Part, Sha256, Share
 
 SCORES = "scores.json"
 """Of the validation stage; a run of an earlier version has none."""

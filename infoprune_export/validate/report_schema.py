@@ -9,26 +9,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-import pydantic
 from pydantic import Field
 
+from infoprune_export.validate.report_schema_attribution import Attribution
+from infoprune_export.validate.report_schema_base import (
+    Bytes,
+    Count,
+    Milliseconds,
+    Part,
+    Sha256,
+    Share,
+    Side,
+    Verdict,
+    schema_of,
+)
+
 SCHEMA_VERSION = 1
-
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Verdict = Literal["PASS", "FAIL"]
-Share = Annotated[float, Field(ge=0, le=1)]
-Milliseconds = Annotated[float, Field(ge=0)]
-Bytes = Annotated[int, Field(ge=0)]
-Count = Annotated[int, Field(ge=0)]
-Side = Literal["original", "compressed"]
-
-
-class Part(pydantic.BaseModel):
-    """Refuses unknown keys, other types and values that are no finite number."""
-
-    model_config = pydantic.ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 # ── Verdict, parity, accuracy ────────────────────────────────────────────────
@@ -98,7 +94,7 @@ class AccuracyRow(Estimate):
     to_previous: Estimate
     by_kind: dict[str, float]
     """Percent for every kind of question there is."""
-    official: dict[str, float] = {}
+    official: dict[str, float] = Field(default_factory=dict)
     """The benchmark's own figures, by its names for them and in its units."""
 
 
@@ -168,7 +164,7 @@ class Percentiles(Part):
     p50: Milliseconds
     p90: Milliseconds
     p99: Milliseconds
-    intervals: dict[str, Interval] = {}
+    intervals: dict[str, Interval] = Field(default_factory=dict)
     """By ``p50``, ``p90`` and ``p99``, in milliseconds."""
 
 
@@ -230,13 +226,13 @@ class BenchRow(Part):
     """Why no more rounds were made."""
     milliseconds: dict[Side, Percentiles]
     speedup: Ratio
-    flops: dict[Side, Count] = {}
+    flops: dict[Side, Count] = Field(default_factory=dict)
     flop_ratio: float
     efficiency: float
     """Speed-up over FLOP ratio."""
-    parity: dict[str, OutputParity] = {}
-    peers: list[Peer] = []
-    memory: dict[str, Memory] = {}
+    parity: dict[str, OutputParity] = Field(default_factory=dict)
+    peers: list[Peer] = Field(default_factory=list)
+    memory: dict[str, Memory] = Field(default_factory=dict)
     """By side, or by ``peer, side``; bytes."""
 
 
@@ -249,7 +245,7 @@ class Machine(Part):
     system: str | None = None
     load: float | None = None
     """Processes that ran or waited in the last minute, on average."""
-    gpus: list[dict[str, str]] = []
+    gpus: list[dict[str, str]] = Field(default_factory=list)
     power_mode: str | None = None
 
 
@@ -276,7 +272,7 @@ class Artefact(Part):
 
     manifest_sha256: Sha256
     """Of its manifest, which has the sha256 of every file in it."""
-    files: dict[str, Sha256] = {}
+    files: dict[str, Sha256] = Field(default_factory=dict)
     """Of the files themselves, for what is delivered; by name within the folder."""
 
 
@@ -296,6 +292,8 @@ class Report(Part):
     size: Sizes
     heads: Heads
     ffn: list[Ffn]
+    attribution: Attribution | None = None
+    """Null in a run without the stage."""
     bench: Bench
     variants: dict[str, Variant]
     recipe: dict[str, Any]
@@ -309,12 +307,3 @@ class Report(Part):
 def json_schema() -> dict[str, Any]:
     """The JSON schema of ``report.json``."""
     return schema_of(Report, "report.schema.json")
-
-
-def schema_of(model: type[Part], name: str) -> dict[str, Any]:
-    """A published JSON schema (draft 2020-12) of a model."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "$id": f"urn:infoprune-export:{name}",
-        **model.model_json_schema(),
-    }

@@ -195,10 +195,11 @@ def page_inputs() -> dict[str, Any]:
         "recovery": [],
         "pictures": [plots.kept_tokens(np.zeros((112, 112, 3), np.uint8), [0, 5, 63], 8, 8)],
         "artefacts": {},
+        "attribution": None,
     }
 
 
-BUILT = ("name", "description", "recipe", "validation", "bench", "variants", "artefacts")
+BUILT = ("name", "description", "recipe", "validation", "bench", "variants", "artefacts", "attribution")
 DRAWN = ("validation", "budget", "variants", "history", "recovery", "pictures")
 
 
@@ -208,6 +209,76 @@ def report_of(inputs: dict[str, Any]) -> Any:
 
 def page_of(inputs: dict[str, Any]) -> str:
     return render(report_of(inputs), **{key: inputs[key] for key in DRAWN})
+
+
+def attribution(blocks: int = 3) -> dict[str, Any]:
+    """As `validate.attribution_schema.Attribution`: fp16 overflows in block 1's FFN."""
+
+    def worst(error: float | None) -> dict[str, Any]:
+        return {"cosine": 0.99, "norm_ratio": 1.01, "relative_error": error, "case": "3 images"}
+
+    def step(name: str, *, exact: bool, error: float | None) -> dict[str, Any]:
+        passed = error is not None
+        return {
+            "step": name,
+            "meaning": f"meaning of {name}",
+            "to_original": worst(0.3),
+            "to_previous": worst(error),
+            "tokens_kept": 0.5,
+            "kept_in_common": 1.0 if exact else None,
+            "exact": exact,
+            "parity": worst(error) if exact else None,
+            "kept_suboptimality": None,
+            "tolerance": 3e-2 if exact else None,
+            "min_cosine": 0.9995 if exact else None,
+            "passed": passed,
+            "accuracy": 88.0,
+            "accuracy_to_previous": None if name == "original" else -1.0,
+        }
+
+    def part(name: str, block: int | None, error: float | None) -> dict[str, Any]:
+        return {
+            "step": "precision",
+            "part": name,
+            "block": block,
+            "boundary": name.removesuffix(".ffn"),
+            "value": worst(1e-3),
+            "added": None if block is None else worst(error),
+            "kept_suboptimality": None,
+            "tolerance": 3e-2,
+            "min_cosine": 0.999,
+            "judged": True,
+            "passed": error is not None,
+        }
+
+    original = {**step("original", exact=False, error=0.0), "to_original": None, "to_previous": None}
+    parts = [part("embedding", None, 1e-3)]
+    for block in range(blocks):
+        parts += [
+            part(f"blocks.{block}.attention", block, 1e-4 * 10 ** (block % 3)),
+            part(f"blocks.{block}.ffn", block, None if block == 1 else 2e-3),
+        ]
+    return {
+        "schema_version": 1,
+        "steps": [
+            original,
+            step("heads", exact=False, error=0.1),
+            step("onnx", exact=True, error=1e-6),
+            step("precision", exact=True, error=None),
+        ],
+        "blocks": parts,
+        "limits": {"precision": "fp16 keeps eleven bits"},
+        "broken": [
+            {
+                "step": "precision",
+                "part": "blocks.1.ffn",
+                "reason": "values beyond 65504, the largest of fp16",
+                "nodes": ["blocks.1.ffn/MatMul", "blocks.1.ffn/MatMul_1"],
+                "overflow": [{"node": "blocks.1.ffn/MatMul", "value": "val_7", "largest": 131000.0}],
+                "fix": "--set export.keep_fp32=[blocks.1.ffn]",
+            }
+        ],
+    }
 
 
 # ── Folders ──────────────────────────────────────────────────────────────────

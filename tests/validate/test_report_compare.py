@@ -17,6 +17,7 @@ from report_inputs import STEPS, bench, check, page_inputs, rows_of, scores, wri
 from infoprune_export.artifacts import MANIFEST, canonical_json, sha256_file
 from infoprune_export.cli import main
 from infoprune_export.errors import InfopruneError
+from infoprune_export.validate import plots
 from infoprune_export.validate import report_compare as comparing
 from infoprune_export.validate.report_compare_page import headline, notes, render, tables
 from infoprune_export.validate.report_compare_schema import Comparison, Within
@@ -24,7 +25,13 @@ from infoprune_export.validate.report_runs import read_run
 
 
 @pytest.fixture
-def pair(tmp_path):
+def undrawn(monkeypatch):
+    """Where only the words of a page matter; drawing takes most of its time."""
+    monkeypatch.setattr(plots, "to_svg", lambda figure: '<svg width="9pt"></svg>')
+
+
+@pytest.fixture
+def pair(tmp_path, undrawn):
     """Inputs, scores and data of two runs, to be changed, and what compares them."""
     sides = {name: {"inputs": page_inputs(), "given": scores(STEPS, 1)} for name in "ab"}
 
@@ -284,7 +291,7 @@ def invoke(*arguments):
     return CliRunner().invoke(main, ["compare", *map(str, arguments)])
 
 
-def test_the_command_prints_tables_and_writes_a_page_and_json(runs, tmp_path):
+def test_the_command_prints_tables_and_writes_a_page_and_json(runs, tmp_path, undrawn):
     page, file = tmp_path / "compare.html", tmp_path / "compare.json"
     done = invoke(*runs, "-o", page, "--json", file)
     assert done.exit_code == 0, done.output
@@ -307,7 +314,7 @@ def test_terminal_and_refusals_need_no_torch(runs):
     assert done.stdout.splitlines()[-1] == "0 []"
 
 
-def test_hostile_names_stay_text(tmp_path):
+def test_hostile_names_stay_text(tmp_path, undrawn):
     inputs = page_inputs()
     evil = "<img src=x onerror=alert(1)>[bold]"
     inputs["recipe"]["description"] = evil

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from click.testing import CliRunner
-from report_inputs import check, output_parity, page_inputs, peers, percentiles, ratio, report_of
+from report_inputs import attribution, check, output_parity, page_inputs, peers, percentiles, ratio, report_of
 
 from infoprune_export.artifacts import MANIFEST, canonical_json, sha256_file, staged, write_manifest
 from infoprune_export.cli import main
@@ -33,7 +34,9 @@ def tree_of(inputs):
 def test_every_figure_of_the_run_is_there(inputs):
     inputs["bench"]["rows"][0] |= {"peers": peers(), "memory": {"original": {"weights_bytes": 7, "call_bytes": 5}}}
     inputs["validation"]["accuracy"][-1]["official"] = {"F1": 0.875}
+    inputs["attribution"] = attribution()
     tree = tree_of(inputs)
+    assert tree["attribution"] == inputs["attribution"]
     for key in ("checks", "parity", "accuracy", "verdict", "metric", "heads", "size"):
         expected = inputs["validation"][key]
         if key == "accuracy":
@@ -204,6 +207,14 @@ def test_the_made_up_parts_are_those_of_the_benchmark():
     assert set(made_up) == set(results.BenchResult.__annotations__)
     assert set(made_up["rows"][0]) == set(results.BenchRow.__annotations__)
     assert set(made_up["machine"]) == set(results.Machine.__annotations__)
+
+
+@pytest.mark.parametrize("name", ["WorstFigures", "StepRow", "PartRow", "Overflow", "Broken", "Attribution"])
+def test_attributions_are_published_as_they_are_written(name):
+    from infoprune_export.validate import attribution_schema, report_schema_attribution
+
+    written = get_type_hints(getattr(attribution_schema, name))
+    assert set(getattr(report_schema_attribution, name).model_fields) == set(written)
 
 
 @pytest.mark.parametrize(
