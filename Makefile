@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test lint clean tensorrt-bindings
+.PHONY: quickstart test lint docs clean tensorrt-bindings
 
 quickstart: $(STAMP)
 	$(BIN)/infoprune-export run quickstart
@@ -16,6 +16,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Pages of docs/reference, and build/docs from the docstrings.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,docs]"
+	$(BIN)/python docs/make_reference.py
+	$(BIN)/python -m pdoc --docformat google --no-show-source -o build/docs infoprune_export '!infoprune_export.engine.tensorrt.plugin'
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

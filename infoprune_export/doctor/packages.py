@@ -67,6 +67,7 @@ PACKAGES = (
     ONNXRUNTIME_GPU,
     TENSORRT,
     Package("lmms-eval", "0.3", extra="lmms"),
+    Package("pdoc", "15", extra="docs"),
     Package("hatchling", "1.25", extra="dev"),
     Package("pytest", "8.0", extra="dev"),
     Package("pytest-cov", "5.0", extra="dev"),
