@@ -7,7 +7,8 @@ Stages of `export_onnx`:
    Prior and selection become one ``infoprune::ReceivedAttention`` and one ``infoprune::TokenSelect`` node. Both, rotary
    angles and RMSNorm's mean square are fp32 in every dtype, because the PyTorch code says so; LayerNormalization is by
    its definition.
-3. Stack traces with local paths are removed from the graph, and the operators' function bodies are attached.
+3. Values and nodes get names that say which part they belong to, see `names`; stack traces with local paths are removed
+   from the graph, and the operators' function bodies are attached.
 4. The file is written, weights beside it, and checked by onnx.
 """
 
@@ -26,7 +27,8 @@ from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 from torch import Tensor, nn
 
-from infoprune_export.export import operator
+from infoprune_export.export import names, operator
+from infoprune_export.models.boundaries import visiting
 from infoprune_export.models.tower import Form, VisionTower
 from infoprune_export.recipe import TokensSpec
 from infoprune_export.tokens.encoder import VisionEncoder
@@ -53,7 +55,7 @@ def export_module(
     """`export_onnx` for any module from a tower's planned tensors to named outputs."""
     images = 3 if form.several else 1
     example = typed(tower, tower.example_planned(images, torch.Generator().manual_seed(0), form))
-    with torch.no_grad():
+    with torch.no_grad(), visiting(names.mark):
         program = torch.onnx.export(
             module.eval(),
             (),
@@ -63,13 +65,15 @@ def export_module(
             dynamic_shapes={"planned": {name: {} for name in example} | tower.dynamic_shapes(form)},
             opset_version=opset,
             dynamo=True,
-            custom_translation_table=operator.translation_table(),
+            custom_translation_table=operator.translation_table() | names.translation(),
             optimize=False,
             verbose=False,
         )
     assert program is not None
+    names.name_boundaries(program.model)
     _simplify(program.model)
     widen_convolutions(program.model)
+    names.name_nodes(program.model)
     operator.attach_bodies(program.model)
     program.save(folder / MODEL, external_data=True)
     onnx.checker.check_model(folder / MODEL, full_check=True)

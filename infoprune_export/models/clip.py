@@ -121,7 +121,7 @@ class LlavaTower(VisionTower):
         return stream, Context()
 
     def visual_tokens(self, activations: Activations, planned: Planned) -> Tensor:
-        return activations.last[:, self._special :]
+        return activations.last[:, self._special :] if self._special else activations.last
 
     def attention_prior(
         self, activations: Activations, context: Context, planned: Planned, kind: Prior, block: int = -1
@@ -133,7 +133,7 @@ class LlavaTower(VisionTower):
         received = received_attention(rows, key, weight, bias, chosen.head_dim**-0.5)
         if kind == "value":
             received = received * value.float().flatten(2).norm(dim=-1)
-        return received[:, self._special :]
+        return received[:, self._special :] if self._special else received
 
     def attention_keys(self, activations: Activations, context: Context, planned: Planned) -> Tensor:
         _, _, key, _ = self._attending(activations, context, -1)

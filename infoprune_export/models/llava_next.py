@@ -21,6 +21,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from infoprune_export.errors import InfopruneError
 from infoprune_export.models.attention import Context
+from infoprune_export.models.boundaries import TOKENS, mark
 from infoprune_export.models.clip import LlavaTower
 from infoprune_export.models.tower import Activations, Form, Inputs, Layout, Planned, Prior, image_noise, require
 
@@ -143,7 +144,7 @@ class LlavaNextTower(LlavaTower):
         return F.embedding(planned["token_order"], per_tile.flatten(0, 1))
 
     def assemble(self, activations: Activations, planned: Planned) -> Tensor:
-        tokens = self.project(super().visual_tokens(activations, planned)).flatten(0, 1)
+        tokens = self.project(mark(super().visual_tokens(activations, planned), TOKENS)).flatten(0, 1)
         newline = self._model.image_newline[None].to(tokens.dtype)
         return torch.cat([tokens, newline])[planned["token_order"]][None]
 

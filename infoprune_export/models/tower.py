@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from infoprune_export.errors import InfopruneError
 from infoprune_export.models.attention import Context
 from infoprune_export.models.block import Block, BlockNames, FfnShape
+from infoprune_export.models.boundaries import EMBEDDING, TOKENS, behind_attention, behind_block, mark
 
 __all__ = ["Activations", "Block", "BlockNames", "Context", "FfnShape", "Form", "Layout", "Prior", "VisionTower"]
 
@@ -133,10 +134,12 @@ class VisionTower(ABC):
 
     def run_blocks(self, stream: Tensor, context: Context, observed: Collection[int] = ()) -> Activations:
         """All blocks; the outputs of the `observed` ones are kept besides those of `tapped`."""
+        stream = mark(stream, EMBEDDING)
         before_last, taps = stream, {}
         for number, block in enumerate(self.blocks):
             before_last = stream
-            stream = block.run(stream, context)
+            middle = mark(block.attend(stream, context), behind_attention(number))
+            stream = mark(block.feed(middle), behind_block(number))
             if number in self.tapped or number in observed:
                 taps[number] = stream
         return Activations(before_last, stream, taps)
@@ -183,7 +186,7 @@ class VisionTower(ABC):
 
     def assemble(self, activations: Activations, planned: Planned) -> Tensor:
         """All visual tokens as the language model takes them without selection, [B, N, D_llm]."""
-        return self.project(self.visual_tokens(activations, planned))
+        return self.project(mark(self.visual_tokens(activations, planned), TOKENS))
 
     def kept_positions(self, kept: Tensor, planned: Planned) -> Tensor:
         """Kept indices int64 [B, T] into `visual_tokens` as indices into the image's `Layout.ids`."""

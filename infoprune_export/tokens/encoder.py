@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from infoprune_export.errors import InfopruneError
+from infoprune_export.models import boundaries
+from infoprune_export.models.boundaries import SELECTED, mark
 from infoprune_export.models.tower import Form, Inputs, Planned, VisionTower
 from infoprune_export.models.vlm import VisualTokens
 from infoprune_export.recipe import TokensSpec
 from infoprune_export.tokens.selector import METHODS, Candidates, Shrink
 
-FEATURES, KEPT = "image_features", "kept_indices"
+FEATURES, KEPT = boundaries.FEATURES, boundaries.KEPT
 Outputs = Mapping[str, Tensor]
 
 
@@ -80,9 +82,10 @@ class VisionEncoder(nn.Module):
         tower = self._tower
         if self._tokens is None or not self.form.selecting:
             stream, context = tower.embed(planned)
-            return tower.assemble(tower.run_blocks(stream, context), planned)
+            return mark(tower.assemble(tower.run_blocks(stream, context), planned), FEATURES)
         selection = METHODS[self._tokens.method].load()(self.candidates(planned), self._tokens)
-        return tower.project(selection.tokens), self._positions(selection.kept, planned)
+        features = mark(tower.project(mark(selection.tokens, SELECTED)), FEATURES)
+        return features, self._positions(selection.kept, planned)
 
     def candidates(self, planned: Planned) -> Candidates:
         """What the recipe's selector sees; for encoders that select."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from infoprune_export.models.boundaries import CHOSEN, mark
 from infoprune_export.recipe import TokensSpec
 from infoprune_export.tokens.selector import Candidates, Selection
 
@@ -226,7 +227,7 @@ def select_and_merge(candidates: Candidates, spec: TokensSpec) -> Selection:
         temperature,
         spec.exponent,
     )
-    return consolidate(candidates, spec, kept)
+    return consolidate(candidates, spec, mark(kept, CHOSEN))
 
 
 def consolidate(candidates: Candidates, spec: TokensSpec, kept: Tensor) -> Selection:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from infoprune_export.models.boundaries import PRIOR, TOKENS, mark
 from infoprune_export.models.tower import Activations, Context, Inputs, Planned, Prior, VisionTower
 from infoprune_export.recipe import TokensSpec
 
@@ -30,7 +31,7 @@ class Candidates:
     @cached_property
     def tokens(self) -> Tensor:
         """What is chosen from, [B, N, E]; in front of the projector, or behind the merger of a Qwen tower."""
-        return self.tower.visual_tokens(self.activations, self.planned)
+        return mark(self.tower.visual_tokens(self.activations, self.planned), TOKENS)
 
     @cached_property
     def compared(self) -> Tensor:
@@ -59,7 +60,7 @@ class Candidates:
 
     def prior(self, kind: Prior, block: int = -1) -> Tensor:
         """Attention that each token receives in a block, fp32 [B, N]."""
-        return self.tower.attention_prior(self.activations, self.context, self.planned, kind, block)
+        return mark(self.tower.attention_prior(self.activations, self.context, self.planned, kind, block), PRIOR)
 
 
 @dataclass(frozen=True)

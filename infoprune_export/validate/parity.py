@@ -204,12 +204,13 @@ def encoder_parity(
             candidates = encoder.candidates(planned)
             chosen = _places(candidates, theirs[KEPT])
             if replay_tolerance is not None:
-                worst = max(worst or 0.0, _suboptimality(candidates, tokens, chosen))
+                seen = candidates.compared, candidates.prior(tokens.prior), candidates.counts
+                worst = max(worst or 0.0, suboptimality(*seen, tokens, chosen))
             if chosen is None:
                 expected.append(torch.zeros(1))
                 actual.append(torch.empty(0))
                 continue
-            certain = _certain(candidates, tokens, chosen, min(tolerance, _MARGIN))
+            certain = certain_merges(candidates.tokens, candidates.counts, tokens, chosen, min(tolerance, MARGIN))
             expected.append(tower.project(consolidate(candidates, tokens, chosen).tokens)[certain])
             actual.append(theirs[FEATURES][certain] if theirs[FEATURES].shape[:2] == chosen.shape else torch.empty(0))
     labels: dict[str, Any] = {"step": step, "case": case, "tolerance": tolerance, "min_cosine": min_cosine}
@@ -222,7 +223,7 @@ def encoder_parity(
     return compare(torch.cat(expected).numpy(), candidate, **labels)
 
 
-_MARGIN = 1e-2
+MARGIN = 1e-2
 """Lead in cosine similarity, at most, by which a merge counts as certain."""
 
 
@@ -238,15 +239,20 @@ def _places(candidates: Candidates, kept: Tensor) -> Tensor | None:
     return torch.where(kept < 0, kept, places)
 
 
-def _suboptimality(candidates: Candidates, tokens: TokensSpec, chosen: Tensor | None) -> float:
-    """Worst replay over the images of one call; the worst there is for tokens that are none, or of a wrong number."""
-    if chosen is None:
+def suboptimality(
+    compared: Tensor, received: Tensor, counts: Tensor, tokens: TokensSpec, chosen: Tensor | None
+) -> float:
+    """Worst replay over the images of one call; the worst there is for tokens that are none, or of a wrong number.
+
+    compared fp32 [B, N, D], the prior received fp32 [B, N] and counts int64 [B] are what selection sees (`Candidates`);
+    chosen int64 [B, T] is what it kept.
+    """
+    if chosen is None or len(chosen) != len(counts):
         return 1.0
-    compared = candidates.compared
     features = (F.normalize(compared, dim=-1) if tokens.normalize else compared).numpy()
-    weights, temperature = weighting(candidates.prior(tokens.prior), tokens)
+    weights, temperature = weighting(received, tokens)
     prior, ratio, worst = weights.numpy(), tokens.keep_ratio, 0.0
-    for i, count in enumerate(candidates.counts.tolist()):
+    for i, count in enumerate(counts.tolist()):
         kept = chosen[i][chosen[i] >= 0].numpy()
         if len(kept) != keep_count(count, ratio.numerator, ratio.denominator):
             return 1.0
@@ -255,16 +261,19 @@ def _suboptimality(candidates: Candidates, tokens: TokensSpec, chosen: Tensor | 
     return worst
 
 
-def _certain(candidates: Candidates, tokens: TokensSpec, chosen: Tensor, margin: float) -> Tensor:
-    """Kept tokens, bool [B, T], for which it is clear by a margin of every dropped token whether it is merged into."""
+def certain_merges(visual: Tensor, counts: Tensor, tokens: TokensSpec, chosen: Tensor, margin: float) -> Tensor:
+    """Kept tokens, bool [B, T], for which it is clear by a margin of every dropped token whether it is merged into.
+
+    Of `visual` tokens [B, N, E], the first `counts` [B] of each image are its own; chosen as in `suboptimality`.
+    """
     if not tokens.merge:
         return chosen >= 0
-    unit = F.normalize(candidates.tokens, dim=-1)
+    unit = F.normalize(visual, dim=-1)
     anchors = unit.gather(1, chosen.clamp_min(0)[..., None].expand(-1, -1, unit.shape[2]))
     similar = (unit @ anchors.transpose(1, 2)).masked_fill((chosen < 0)[:, None, :], -torch.inf)
     best = similar.amax(2, keepdim=True)
     rivals = similar > best - margin
-    own = torch.arange(unit.shape[1]) < candidates.counts[:, None]
+    own = torch.arange(unit.shape[1]) < counts[:, None]
     dropped = own & (chosen[:, None, :] != torch.arange(unit.shape[1])[:, None]).all(2)
     near = best[..., 0] - tokens.merge_above
     undecided = dropped & (near > -margin) & ((rivals.sum(2) > 1) | (near < margin))
