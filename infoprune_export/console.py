@@ -62,7 +62,7 @@ def print_bench(result: Mapping[str, Any]) -> None:
             ratio_text(row["speedup"]),
             f"{row['flop_ratio']:.2f}",
             f"{row['efficiency']:.2f}",
-            _rounds_text(row),
+            rounds_text(row),
         )
     console.print(table)
     console.print(_percentile_table(result["rows"]))
@@ -90,7 +90,7 @@ def print_self(result: Mapping[str, Any]) -> None:
             ratio_text(row["ratio"], 3),
             "yes" if row["contains_one"] else "NO",
             "too few rounds" if width is None else f"{100 * width:.1f}%",
-            _rounds_text(row),
+            rounds_text(row),
         )
     console.print(table)
     _print_machine(console, result)
@@ -102,14 +102,14 @@ def ratio_text(ratio: Mapping[str, Any], digits: int = 2) -> str:
     return text if ratio["confidence"] >= 0.95 else f"{text}, {100 * ratio['confidence']:.0f}% only"
 
 
-def percentile_text(times: Mapping[str, Any], name: str) -> str:
+def percentile_text(times: Mapping[str, Any], name: str, digits: int = 2) -> str:
     """A percentile in ms and its interval; an end that the rounds do not bound is a question mark."""
     ends = times["intervals"][name]
-    low, high = ("?" if end is None else f"{end:.2f}" for end in (ends["low"], ends["high"]))
-    return f"{times[name]:.2f} ({low}-{high})"
+    low, high = ("?" if end is None else f"{end:.{digits}f}" for end in (ends["low"], ends["high"]))
+    return f"{times[name]:.{digits}f} ({low}-{high})"
 
 
-def _rounds_text(row: Mapping[str, Any]) -> str:
+def rounds_text(row: Mapping[str, Any]) -> str:
     """Rounds, and which limit ended them before the interval was narrow."""
     return f"{row['rounds']}" + {"narrow": "", "rounds": ", all", "time": ", time over"}[row["stopped"]]
 

@@ -96,6 +96,8 @@ class ValidateSpec(Spec):
     """Worst step of the kept indices when replayed in float64: 1 - residual / best residual. Judged in fp32 only: in
     lower precision the features themselves differ by more, and accuracy judges."""
     parity_batches: Sizes = (1, 3, 8)
+    processes: int = Field(1, ge=1)
+    """That answer the questions, each with a share of them; one GPU each on ``cuda``. No result depends on it."""
 
     @field_validator("parity_batches", mode="before")
     @classmethod
@@ -116,7 +118,7 @@ class BenchSpec(Spec):
     max_interval: float = Field(0.05, gt=0)
     """Rounds go on until the 95% interval of every ratio is at most this wide, relative to the ratio."""
     max_rounds: int | None = Field(None, ge=3)
-    """At most so many. Ten times ``rounds`` by default."""
+    """At most so many. Twenty times ``rounds`` by default."""
     max_seconds: float = Field(120.0, gt=0)
     """At most so long for a batch size, once ``rounds`` are made."""
     warmup: int = Field(3, ge=0)
@@ -143,4 +145,4 @@ class BenchSpec(Spec):
     @property
     def most_rounds(self) -> int:
         """`max_rounds`, or its default."""
-        return 10 * self.rounds if self.max_rounds is None else self.max_rounds
+        return 20 * self.rounds if self.max_rounds is None else self.max_rounds

@@ -24,7 +24,7 @@ from infoprune_export.models.tower import Planned
 from infoprune_export.recipe import BenchSpec
 from infoprune_export.validate.bench_case import SIDES, BenchCase, Load, Side, check, reference_features
 from infoprune_export.validate.bench_memory import Prepare, memory_of
-from infoprune_export.validate.bench_running import Running, clock_of, session_running
+from infoprune_export.validate.bench_running import Running, clock_of, rounds_of, session_running
 from infoprune_export.validate.peers import Contender, contenders, title_of
 
 Track = Callable[[str, int], Callable[[int], None]]
@@ -154,12 +154,12 @@ def _peer_row(
 
 
 def _timed(case: BenchCase, calls: Calls, reference: str, title: str, track: Track) -> Timing:
-    total = case.rounds.max_rounds + case.rounds.warmup
-    advance = track(title, total)
-    timing = until_narrow(calls, reference, case.rounds, on_round=lambda index: advance(1), clock=clock_of(case.device))
+    limits = rounds_of(case.spec)
+    advance = track(title, limits.max_rounds + limits.warmup)
+    timing = until_narrow(calls, reference, limits, on_round=lambda index: advance(1), clock=clock_of(case.device))
     # Most runs are done long before; the line then goes.
-    if timing.rounds < case.rounds.max_rounds:
-        advance(case.rounds.max_rounds - timing.rounds)
+    if timing.rounds < limits.max_rounds:
+        advance(limits.max_rounds - timing.rounds)
     return timing
 
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from infoprune_export.engine.base import Compatibility, Engine
 from infoprune_export.engine.onnxruntime import open_session
 from infoprune_export.export.onnx import MODEL
-from infoprune_export.measure.latency import Limits
 from infoprune_export.measure.results import Parity
 from infoprune_export.models import tower_of
 from infoprune_export.models.tower import VisionTower
@@ -64,11 +63,6 @@ class BenchCase:
     @property
     def device(self) -> str:
         return device_of(self.target)
-
-    @property
-    def rounds(self) -> Limits:
-        spec = self.spec
-        return Limits(spec.rounds, spec.most_rounds, spec.max_seconds, spec.max_interval, spec.warmup)
 
     def tokens_of(self, side: Side) -> TokensSpec | None:
         return self.tokens if side == "compressed" else None

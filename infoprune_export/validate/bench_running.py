@@ -13,9 +13,9 @@ from torch import Tensor
 
 from infoprune_export.engine.onnxruntime import feed_of, runtime_target
 from infoprune_export.errors import InfopruneError
-from infoprune_export.measure.latency import Clock, cuda_clock, wall_clock
+from infoprune_export.measure.latency import Clock, Limits, cuda_clock, wall_clock
 from infoprune_export.models.tower import Planned
-from infoprune_export.recipe import Target
+from infoprune_export.recipe import BenchSpec, Target
 
 Arrays = dict[str, NDArray[Any]]
 _ON_CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
@@ -39,6 +39,11 @@ def device_of(target: Target) -> str:
 def clock_of(device: str) -> Clock:
     """Events on a GPU, which no host's scheduler delays; else the host's clock."""
     return cuda_clock if device == "cuda" else wall_clock
+
+
+def rounds_of(spec: BenchSpec) -> Limits:
+    """When rounds end, by a recipe's bench section."""
+    return Limits(spec.rounds, spec.most_rounds, spec.max_seconds, spec.max_interval, spec.warmup)
 
 
 def check_provider(session: Any, target: Target) -> None:

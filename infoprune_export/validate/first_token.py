@@ -7,8 +7,6 @@ whole prompts, the cache starts empty, images are preprocessed beforehand.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import multiprocessing
 from collections.abc import Callable, Mapping
@@ -16,7 +14,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,12 +22,15 @@ from rich.table import Table
 from torch import Tensor
 
 from infoprune_export.artifacts import library_versions
+from infoprune_export.console import percentile_text, ratio_text, rounds_text
 from infoprune_export.errors import InfopruneError
-from infoprune_export.measure.latency import interleaved
+from infoprune_export.measure.latency import until_narrow
 from infoprune_export.measure.machine import machine
+from infoprune_export.measure.memory import peak, reset_peak
 from infoprune_export.measure.statistics import paired_ratio, percentiles
 from infoprune_export.models.vlm import VLM, Decoding, VisualTokens, answer
 from infoprune_export.recipe import BenchSpec
+from infoprune_export.validate.bench_running import clock_of, rounds_of
 
 UNPRUNED = "unpruned"
 
@@ -75,9 +75,19 @@ def measure(
     torch.set_num_threads(spec.threads)
     contest = prepare(*arguments)
     if memory and contest.vlm.device.type == "cpu":
-        _reset_peak()
-    advance = track("first tokens", len(spec.batch_sizes) * (spec.rounds + spec.warmup))
-    result = first_token(contest, spec, on_round=lambda _: advance(1))
+        reset_peak()
+    ahead = len(spec.batch_sizes) * (spec.most_rounds + spec.warmup)
+    advance, made = track("first tokens", ahead), 0
+
+    def count(index: int) -> None:
+        nonlocal made
+        made += 1
+        advance(1)
+
+    result = first_token(contest, spec, on_round=count)
+    # Most runs are done long before; the line then goes.
+    if made < ahead:
+        advance(ahead - made)
     del contest
     if memory:
         advance = track("peak memory", len(result["rows"]))
@@ -90,8 +100,9 @@ def measure(
 def first_token(
     contest: Contest, spec: BenchSpec, *, on_round: Callable[[int], None] = lambda index: None
 ) -> dict[str, Any]:
-    """One row per batch size and side: milliseconds to the first token and in the encoder, and the paired ratio to the
-    unpruned side with its 95% interval, all from one interleaved run; visual tokens per image.
+    """One row per batch size and side: milliseconds to the first token and in the encoder (`percentiles`), and of each
+    the paired ratio to the unpruned side, all from one interleaved run; visual tokens per image; ``rounds``, and why
+    there were no more (``stopped``, see `latency.until_narrow`).
     """
     rows = []
     for batch_size in spec.batch_sizes:
@@ -100,7 +111,10 @@ def first_token(
         for name, side in contest.sides.items():
             calls[name] = partial(_answer, contest, side, inputs)
             calls[f"{name}, encoder"] = partial(_see, contest, side, inputs)
-        times = interleaved(calls, rounds=spec.rounds, warmup=spec.warmup, on_round=on_round)
+        timing = until_narrow(
+            calls, UNPRUNED, rounds_of(spec), on_round=on_round, clock=clock_of(contest.vlm.device.type)
+        )
+        times = timing.times
         for name, side in contest.sides.items():
             seen = _see(contest, side, inputs)
             rows.append(
@@ -111,6 +125,9 @@ def first_token(
                     "milliseconds": percentiles(times[name]),
                     "encoder_milliseconds": percentiles(times[f"{name}, encoder"]),
                     "speedup": paired_ratio(times[UNPRUNED], times[name]),
+                    "encoder_speedup": paired_ratio(times[f"{UNPRUNED}, encoder"], times[f"{name}, encoder"]),
+                    "rounds": timing.rounds,
+                    "stopped": timing.stopped,
                 }
             )
     return {"threads": torch.get_num_threads(), "machine": machine(), "libraries": library_versions(), "rows": rows}
@@ -136,8 +153,6 @@ def _wait(vlm: VLM) -> None:
 
 
 # ── Memory ───────────────────────────────────────────────────────────────────
-
-_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def peak_memory(prepare: Prepare, arguments: tuple[Any, ...], side: str, batch_size: int) -> int:
@@ -172,32 +187,9 @@ def _peak(prepare: Prepare, arguments: tuple[Any, ...], side: str, batch_size: i
         torch.cuda.reset_peak_memory_stats(vlm.device)
         _answer(contest, contest.sides[side], inputs)
         return int(torch.cuda.max_memory_allocated(vlm.device) - before)
-    before = _reset_peak()
+    before = reset_peak()
     _answer(contest, contest.sides[side], inputs)
-    return max(0, _status("VmHWM") - before)
-
-
-def _reset_peak() -> int:
-    """Forget this process's largest resident size so far (loading a model has one of its own); returns the present."""
-    # What loading freed, the C library may hold on to: an answer could use it without growing the process.
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    try:
-        _CLEAR_REFS.write_text("5")
-        _status("VmHWM")
-        return _status("VmRSS")
-    except OSError as error:
-        raise InfopruneError(
-            f"peak memory on a CPU needs Linux's {_CLEAR_REFS} ({error.strerror}); add --no-memory"
-        ) from None
-
-
-def _status(field: str) -> int:
-    """Bytes of a memory field of this process."""
-    for line in _STATUS.read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise InfopruneError(f"peak memory on a CPU needs {field} in {_STATUS}, which is not there; add --no-memory")
+    return max(0, peak() - before)
 
 
 # ── Table ────────────────────────────────────────────────────────────────────
@@ -205,16 +197,20 @@ def _status(field: str) -> int:
 
 def render(result: Mapping[str, Any]) -> Table:
     """One row per batch size and side."""
-    table = Table("batch", "model", "visual tokens", "first token, ms", "of it encoder", "speed-up (95%)", "peak MiB")
+    table = Table(
+        "batch", "model", "visual tokens", "first token, ms (95%)", "p90", "of it encoder", "speed-up (95%)", "rounds",
+        "peak MiB",
+    )  # fmt: skip
     for row in result["rows"]:
-        speedup = row["speedup"]
         table.add_row(
             str(row["batch_size"]),
             row["side"],
             f"{row['visual_tokens']:.0f}",
-            f"{row['milliseconds']['p50']:.1f}",
+            percentile_text(row["milliseconds"], "p50", 1),
+            f"{row['milliseconds']['p90']:.1f}",
             f"{row['encoder_milliseconds']['p50']:.1f}",
-            f"{speedup['median']:.2f} ({speedup['low']:.2f}-{speedup['high']:.2f})",
+            ratio_text(row["speedup"]),
+            rounds_text(row),
             f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else "",
         )
     return table

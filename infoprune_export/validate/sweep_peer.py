@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -67,7 +68,9 @@ def replace_modules(model: Any, inputs: Inputs, options: Any, device: str = "cpu
     options.log_severity_level = 4
     for module in (model.get_encoder(modality="image"), getattr(model.model, "multi_modal_projector", None)):
         if module is not None:
-            exported = OnnxExporter().export(module, _sample(model, module, inputs), OnnxConfig(dynamic=True))
+            # Its progress is printed, and no setting of it is quiet.
+            with contextlib.redirect_stdout(io.StringIO()):
+                exported = OnnxExporter().export(module, _sample(model, module, inputs), OnnxConfig(dynamic=True))
             stand_in = exported.to(device, session_options=options)
             module.forward = partial(_stand_in, module, module.forward, stand_in)
 

@@ -1,98 +1,171 @@
-"""Paired latency: order of the calls and statistics on given times; no clock is judged."""
+"""Paired latency: order of the calls, when rounds end, and the clocks; no clock is judged."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+from collections import Counter
 
 import numpy as np
 import pytest
 
-from infoprune_export.measure.latency import interleaved, machine, paired_ratio, percentiles
+from infoprune_export.measure import machine as machines
+from infoprune_export.measure.latency import Limits, cuda_clock, interleaved, until_narrow
+from infoprune_export.measure.machine import machine
+
+LIMITS = Limits(rounds=30, max_rounds=300, max_seconds=1e9, max_interval=0.05, warmup=2)
 
 
-def trace(rounds: int, warmup: int) -> tuple[list[str], list[int], dict[str, np.ndarray]]:
-    log: list[str] = []
-    seen: list[int] = []
-    calls = {name: (lambda name=name: log.append(name)) for name in "abc"}
-    times = interleaved(calls, rounds=rounds, warmup=warmup, on_round=seen.append)
-    return log, seen, times
+class FakeClock:
+    """Milliseconds that were planned, call by call."""
+
+    def __init__(self, **milliseconds) -> None:
+        self.planned = {name: iter(values) for name, values in milliseconds.items()}
+        self.log: list[str] = []
+
+    def calls(self):
+        return {name: (lambda name=name: self.log.append(name)) for name in self.planned}
+
+    def __call__(self, call) -> float:
+        call()
+        return next(self.planned[self.log[-1]])
 
 
-def test_interleaved_calls_everyone_once_per_round_in_alternating_order():
-    log, _, _ = trace(rounds=3, warmup=0)
-    assert "".join(log) == "abc" + "cba" + "abc"
+# ── Rounds ───────────────────────────────────────────────────────────────────
 
 
-def test_interleaved_warms_up_without_recording():
-    log, seen, times = trace(rounds=2, warmup=3)
-    assert "".join(log) == "cba" + "abc" + "cba" + "abc" + "cba"
-    assert seen == [-3, -2, -1, 0, 1]
-    assert list(times) == ["a", "b", "c"]
-    assert all(values.shape == (2,) and (values >= 0).all() for values in times.values())
+def test_every_other_round_reverses_the_order_of_the_one_before():
+    clock = FakeClock(**{name: np.ones(80) for name in "abc"})
+    interleaved(clock.calls(), rounds=80, warmup=0, clock=clock)
+    rounds = ["".join(clock.log[i : i + 3]) for i in range(0, 240, 3)]
+    assert all(later == earlier[::-1] for earlier, later in zip(rounds[::2], rounds[1::2], strict=True))
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert len(set(rounds)) == 6  # orders are drawn, so none keeps step with something periodic
+    assert Counter(one[0] for one in rounds)["a"] < 60
 
 
-def test_interleaved_gives_each_call_its_own_times_in_milliseconds(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("warmup", [0, 1, 2, 3])
+def test_warm_up_is_called_and_not_recorded(warmup):
+    clock, seen = FakeClock(a=range(9), b=range(9)), []
+    times = interleaved(clock.calls(), rounds=4, warmup=warmup, clock=clock, on_round=seen.append)
+    assert seen == list(range(-warmup, 4))
+    np.testing.assert_array_equal(times["a"], np.arange(warmup, warmup + 4))
+    assert len(clock.log) == 2 * (warmup + 4)
+
+
+def test_wall_clock_gives_each_call_its_own_milliseconds(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-
-    def advance(seconds: float) -> None:
-        now[0] += seconds
-
     durations = {"slow": iter([9.0, 0.25, 0.5]), "fast": iter([9.0, 0.125, 0.0625])}
-    calls = {name: (lambda name=name: advance(next(durations[name]))) for name in durations}
+
+    def advance(name: str) -> None:
+        now[0] += next(durations[name])
+
+    calls = {name: (lambda name=name: advance(name)) for name in durations}
     times = interleaved(calls, rounds=2, warmup=1)
     np.testing.assert_allclose(times["slow"], [250.0, 500.0])
     np.testing.assert_allclose(times["fast"], [125.0, 62.5])
 
 
-def test_interleaved_lets_a_call_fail():
+def test_the_garbage_collector_waits_for_the_end_of_a_round_and_goes_on_after_a_failure():
+    states = []
+    interleaved({"a": lambda: states.append(gc.isenabled())}, rounds=2, warmup=0)
+    assert states == [False, False]
+    assert gc.isenabled()
+
     def broken() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         interleaved({"a": broken}, rounds=1, warmup=0)
+    assert gc.isenabled()
 
 
-def test_percentiles_of_known_times_are_exact():
-    assert percentiles(np.arange(101.0)[::-1]) == {"p50": 50.0, "p90": 90.0, "p99": 99.0}
+# ── Until narrow ─────────────────────────────────────────────────────────────
 
 
-def test_paired_ratio_of_constant_ratio_has_no_spread_under_drift():
-    fast = np.linspace(1.0, 50.0, 31)
-    assert paired_ratio(2 * fast, fast) == pytest.approx({"median": 2.0, "low": 2.0, "high": 2.0})
+def times_of(noise: float, n: int = 400) -> np.ndarray:
+    return np.exp(noise * np.random.default_rng(int(noise * 1e6)).standard_normal(n))
 
 
-def test_paired_ratio_pairs_rounds_instead_of_dividing_medians():
-    slow, fast = np.array([10.0, 1.0, 30.0]), np.array([5.0, 10.0, 10.0])
-    assert paired_ratio(slow, fast)["median"] == 2.0  # the medians' quotient would be 1
+def test_rounds_end_when_the_ratio_is_known():
+    clock = FakeClock(a=times_of(0.005), b=times_of(0.006))
+    timing = until_narrow(clock.calls(), "a", LIMITS, clock=clock)
+    assert (timing.stopped, timing.rounds) == ("narrow", 30)
 
 
-def test_paired_ratio_interval_is_that_of_the_median():
-    # Order statistics: P(39 < Binomial(100, .5) < 61) = .954
-    ratio = paired_ratio(np.random.default_rng(0).permutation(np.arange(1.0, 101.0)), np.ones(100))
-    assert ratio["median"] == 50.5
-    assert 38 <= ratio["low"] <= 41.8
-    assert 59.5 <= ratio["high"] <= 63
+def test_noise_makes_more_rounds_up_to_the_limit():
+    clock = FakeClock(a=times_of(0.06), b=times_of(0.07))
+    timing = until_narrow(clock.calls(), "a", LIMITS, clock=clock)
+    assert timing.stopped == "narrow"
+    assert 30 < timing.rounds < 300
+    clock = FakeClock(a=times_of(0.5), b=times_of(0.6))
+    timing = until_narrow(clock.calls(), "a", LIMITS, clock=clock)
+    assert (timing.stopped, timing.rounds) == ("rounds", 300)
 
 
-def test_paired_ratio_depends_on_its_seed_alone():
-    rng = np.random.default_rng(1)
-    slow, fast = rng.uniform(1, 2, 24), rng.uniform(1, 2, 24)
-    intervals = [paired_ratio(slow, fast, seed=seed) for seed in range(12)]
-    assert paired_ratio(slow, fast) == intervals[0]
-    assert paired_ratio(slow, fast, seed=3) == intervals[3]
-    assert any(interval != intervals[0] for interval in intervals)
+def test_the_noisiest_alternative_decides():
+    clock = FakeClock(a=times_of(0.001), b=times_of(0.002), c=times_of(0.5))
+    assert until_narrow(clock.calls(), "a", LIMITS, clock=clock).stopped == "rounds"
 
 
-def test_paired_ratio_of_unequal_rounds_raises():
-    with pytest.raises(ValueError):
-        paired_ratio(np.ones(3), np.ones(4))
+def test_time_ends_rounds_but_not_before_the_least_number(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    limits = Limits(rounds=30, max_rounds=300, max_seconds=40.0, max_interval=0.05, warmup=5)
+
+    def tick(index: int) -> None:
+        now[0] += 1000.0 if index < 0 else 1.0  # warm-up is not counted
+
+    clock = FakeClock(a=times_of(0.5), b=times_of(0.6))
+    timing = until_narrow(clock.calls(), "a", limits, clock=clock, on_round=tick)
+    assert (timing.stopped, timing.rounds) == ("time", 40)
+    now[0], clock = 0.0, FakeClock(a=times_of(0.5), b=times_of(0.6))
+    limits = Limits(rounds=30, max_rounds=300, max_seconds=3.0, max_interval=0.05, warmup=5)
+    timing = until_narrow(clock.calls(), "a", limits, clock=clock, on_round=tick)
+    assert (timing.stopped, timing.rounds) == ("time", 30)
 
 
-def test_machine_names_processor_cores_governor_and_system_as_json():
+def test_so_few_rounds_that_no_interval_covers_95_percent_are_never_enough():
+    clock = FakeClock(a=np.ones(9), b=np.ones(9))
+    limits = Limits(rounds=3, max_rounds=5, max_seconds=1e9, max_interval=0.05, warmup=0)
+    assert until_narrow(clock.calls(), "a", limits, clock=clock).stopped == "rounds"
+
+
+# ── Machine ──────────────────────────────────────────────────────────────────
+
+
+def test_machine_describes_itself_as_json():
     described = json.loads(json.dumps(machine()))
-    assert set(described) == {"processor", "cores", "governor", "system"}
+    assert set(described) == {"processor", "cores", "governor", "system", "load", "gpus", "power_mode"}
     assert described["cores"] == os.cpu_count()
     assert described["processor"].strip()
     assert described["governor"].strip()
+
+
+def test_gpus_and_power_mode_are_what_the_tools_say(tmp_path, monkeypatch):
+    for name, lines in (
+        ("nvidia-smi", "NVIDIA A, 570.1, P0, 700.00 W, 1980 MHz, 2619 MHz, 1980 MHz, 0x0000000000000000, 31"),
+        ("nvpmodel", "NV Power Mode: MAXN\n0"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\ncat <<'X'\n{lines}\nX\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    described = machine()
+    assert described["gpus"][0]["name"] == "NVIDIA A"
+    assert described["gpus"][0]["clocks.sm"] == "1980 MHz"
+    assert described["power_mode"] == "NV Power Mode: MAXN 0"
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'Field \"x\" is not a valid field to query.'\nexit 2\n")
+    assert machine()["gpus"] == []
+    assert machines._gpus("a, b\n") == []
+
+
+@pytest.mark.gpu
+def test_cuda_events_time_what_the_device_does():
+    import torch
+
+    wide = torch.randn(4096, 4096, device="cuda")
+    few, many = (lambda: wide @ wide), (lambda: [wide @ wide for _ in range(40)])
+    times = interleaved({"few": few, "many": many}, rounds=10, warmup=3, clock=cuda_clock)
+    assert np.median(times["many"]) > 5 * np.median(times["few"])

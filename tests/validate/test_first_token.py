@@ -17,6 +17,7 @@ from torch import Tensor
 
 from infoprune_export.data import testbed
 from infoprune_export.errors import InfopruneError
+from infoprune_export.measure import memory
 from infoprune_export.models import tower_of
 from infoprune_export.models.vlm import VLM, VisualTokens
 from infoprune_export.recipe import BenchSpec, TokensSpec
@@ -26,7 +27,7 @@ from infoprune_export.validate import first_token
 from infoprune_export.validate.first_token import UNPRUNED, Contest, Side
 
 MIB = 2**20
-SPEC = BenchSpec(batch_sizes=(1, 3), rounds=3, warmup=1)
+SPEC = BenchSpec(batch_sizes=(1, 3), rounds=3, max_rounds=3, warmup=1)
 DELAY = 0.1
 PIECE = 100_000
 """Bytes; small enough for the C library to keep to itself when they are freed."""
@@ -116,18 +117,35 @@ def test_rows_hold_times_ratios_and_tokens_of_every_side():
     rows = {(row["batch_size"], row["side"]): row for row in result["rows"]}
     assert list(rows) == [(size, side) for size in (1, 3) for side in contest().sides]
     assert [row["visual_tokens"] for row in rows.values()] == [64, 16, 16, 32, 64, 16, 16, (64 + 64 + 32) / 3]
-    for (size, side), row in rows.items():
-        # The encoder is a part of the way to the first token, timed in turns of its own.
-        assert 0 < row["encoder_milliseconds"]["p50"] < row["milliseconds"]["p50"], (size, side)
+    for (_, side), row in rows.items():
         assert row["milliseconds"]["p50"] <= row["milliseconds"]["p90"] <= row["milliseconds"]["p99"]
         assert row["speedup"]["low"] <= row["speedup"]["median"] <= row["speedup"]["high"]
         assert "peak_bytes" not in row
-        late = rows[size, "late"]
-        if side == UNPRUNED:
-            assert row["speedup"] == {"median": 1.0, "low": 1.0, "high": 1.0}
-            assert late["milliseconds"]["p50"] > row["milliseconds"]["p50"]
-            assert late["speedup"]["high"] < 1
-        assert (row["encoder_milliseconds"]["p50"] >= 1000 * DELAY) == (side == "late")
+        assert (row["rounds"], row["stopped"]) == (3, "rounds")
+        assert row["speedup"]["confidence"] < 0.95  # three rounds cannot know
+        if side == "late":
+            assert min(row["encoder_milliseconds"]["p50"], row["milliseconds"]["p50"]) >= 1000 * DELAY
+
+
+def test_ratios_are_of_the_unpruned_model_over_each(monkeypatch):
+    """On planned times; the encoder's own turns take a quarter."""
+    made = contest()
+    planned = {UNPRUNED: 8.0, "quarter": 4.0, "quarter, Stage 2": 2.0, "late": 16.0}
+    names = {id(side): name for name, side in made.sides.items()}
+
+    def clock(call) -> float:
+        return planned[names[id(call.args[1])]] * (1 if call.func is first_token._answer else 0.25)
+
+    monkeypatch.setattr(first_token, "clock_of", lambda device: clock)
+    result = first_token.first_token(made, BenchSpec(batch_sizes=(1,), rounds=12, max_rounds=24, warmup=0))
+    for row in result["rows"]:
+        expected = planned[row["side"]]
+        assert row["milliseconds"]["p50"] == expected
+        assert row["encoder_milliseconds"]["p50"] == expected / 4
+        assert row["milliseconds"]["intervals"]["p50"] == {"low": expected, "high": expected}
+        for name in ("speedup", "encoder_speedup"):
+            assert [row[name][end] for end in ("median", "low", "high")] == pytest.approx([8 / expected] * 3)
+        assert (row["rounds"], row["stopped"]) == (12, "narrow")
 
 
 def test_every_side_answers_with_one_token_about_every_image_within_its_stage_2(monkeypatch):
@@ -154,7 +172,7 @@ def test_the_table_has_a_line_for_every_row():
     result = first_token.first_token(replace(made, sides=dict(list(made.sides.items())[:2])), SPEC)
     result["rows"][1]["peak_bytes"] = 7 * MIB
     page = io.StringIO()
-    Console(file=page, width=140).print(first_token.render(result))
+    Console(file=page, width=180).print(first_token.render(result))
     lines = [line for line in page.getvalue().splitlines() if "unpruned" in line or "quarter" in line]
     assert len(lines) == 4
     for line, row in zip(lines, result["rows"], strict=True):
@@ -174,7 +192,7 @@ on_linux = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), r
 def test_memory_is_what_an_answer_needs_on_top_of_the_model():
     """The model's own size is not in it, nor does what loading freed hide anything."""
     track = Track()
-    spec = BenchSpec(batch_sizes=(1,), rounds=3, warmup=0)
+    spec = BenchSpec(batch_sizes=(1,), rounds=3, max_rounds=3, warmup=0)
     result = first_token.measure(wasteful, (), spec, track)
     assert track.totals == track.done == {"first tokens": 3, "peak memory": 2}
     plain, hungry = (row["peak_bytes"] for row in result["rows"])
@@ -197,7 +215,7 @@ def test_a_process_that_is_ended_is_one_line(monkeypatch):
 @pytest.mark.parametrize("lacking", ["_CLEAR_REFS", "_STATUS", "VmHWM"])
 def test_a_system_that_does_not_tell_is_refused_before_the_clock_starts(monkeypatch, tmp_path, lacking):
     for name in ("_CLEAR_REFS", "_STATUS"):
-        monkeypatch.setattr(first_token, name, path := tmp_path / f"proc-{name}" / "file")
+        monkeypatch.setattr(memory, name, path := tmp_path / f"proc-{name}" / "file")
         if lacking != name:
             path.parent.mkdir()
             path.write_text("Name:\tpython\nVmRSS:\t  20 kB\n" + "VmHWM:\t  30 kB\n" * (lacking != "VmHWM"))
@@ -210,8 +228,8 @@ def test_a_system_that_does_not_tell_is_refused_before_the_clock_starts(monkeypa
 
 
 def test_memory_fields_are_bytes(monkeypatch, tmp_path):
-    monkeypatch.setattr(first_token, "_CLEAR_REFS", tmp_path / "refs")
-    monkeypatch.setattr(first_token, "_STATUS", tmp_path / "status")
+    monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "refs")
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
     (tmp_path / "status").write_text("VmPeak:\t 9 kB\nVmHWM:\t   30 kB\nVmRSS:\t   20 kB\n")
-    assert first_token._reset_peak() == 20 * 1024
+    assert memory.reset_peak() == 20 * 1024
     assert (tmp_path / "refs").read_text() == "5"
