@@ -37,6 +37,11 @@ class Command:
     """Where ``>`` sends what it prints."""
 
     @property
+    def program(self) -> str:
+        """Its first word, without the folder of the virtual environment."""
+        return self.words[0].removeprefix(".venv/bin/")
+
+    @property
     def where(self) -> str:
         return f"{self.block.file}: {shlex.join(self.words)}"
 

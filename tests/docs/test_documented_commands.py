@@ -1,7 +1,7 @@
 """Every command of README and docs: what can run here is run, the rest is parsed and says why it is not run.
 
 A block that cannot run has an HTML comment above it, ``<!-- not run: REASON -->``. The pages in `ALWAYS` run in the
-default suite, all others with ``--exhaustive``; parsed are all of them, always.
+default suite but for the commands in `LONG`; all others run with ``--exhaustive``; parsed are all of them, always.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import yaml
 
 from infoprune_export.recipe import Recipe
 
-ALWAYS = ("README.md", "docs/index.md", "docs/tutorials/first-steps.md")
+ALWAYS = ("docs/tutorials/first-steps.md", "README.md")
 """Pages whose commands run in the default suite; each run costs seconds."""
+LONG = ("parity", "compare-structure", "compare-tokens", "first-token", "front", "sweep", "analyse")
+"""Commands that only ``--exhaustive`` runs, from any page; each has tests of its own in the default suite."""
 
 PAGES = blocks.pages()
 OURS = ("infoprune-export", "optimum-cli")
@@ -32,7 +34,7 @@ OURS = ("infoprune-export", "optimum-cli")
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_exists_with_its_options_keys_and_files(page):
     for command in blocks.shell(page):
-        program = command.words[0]
+        program = command.program
         if program == "infoprune-export":
             running.parse(command)
         elif program == "optimum-cli":
@@ -99,7 +101,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     torch.set_num_threads(threads)
 
 
-def _run_page(page: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _run_page(page: str, place: Path, monkeypatch: pytest.MonkeyPatch, *, leave_out: tuple[str, ...] = ()) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setenv("COLUMNS", "120")
     for block in blocks.blocks(page):
@@ -111,9 +113,9 @@ def _run_page(page: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             continue
         for command in blocks.commands(block):
             started = time.process_time()
-            if command.words[0] == "infoprune-export":
+            if command.program == "infoprune-export" and command.words[1] not in leave_out:
                 running.run(command)
-            elif command.words[0] == "optimum-cli":
+            elif command.program == "optimum-cli":
                 running.run_optimum(command)
             if "DOCS_TIMES" in os.environ:
                 print(f"{time.process_time() - started:6.1f} s  {command.where}")  # noqa: T201
@@ -121,12 +123,12 @@ def _run_page(page: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("page", ALWAYS)
 def test_commands_run(page, place, monkeypatch):
-    _run_page(page, place, monkeypatch)
+    _run_page(page, place, monkeypatch, leave_out=LONG)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in ALWAYS])
-def test_commands_of_other_pages_run(page, place, monkeypatch):
+@pytest.mark.parametrize("page", PAGES)
+def test_all_commands_of_a_page_run(page, place, monkeypatch):
     _run_page(page, place, monkeypatch)
 
 
@@ -152,7 +154,7 @@ def test_commands_of_other_pages_run(page, place, monkeypatch):
 def test_a_wrong_command_is_found(line, message):
     command = next(blocks.commands(blocks.Block("page.md", 1, "sh", line, None)))
     with pytest.raises(AssertionError, match=re.escape(message)):
-        running.parse(command) if command.words[0] == "infoprune-export" else running.check_foreign(command)
+        running.parse(command) if command.program == "infoprune-export" else running.check_foreign(command)
 
 
 def test_a_command_that_fails_is_a_failure(place, monkeypatch):
