@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from infoprune_export.console import quiet_libraries
 from infoprune_export.data import dataset
 from infoprune_export.errors import InfopruneError
-from infoprune_export.heads.launch import PROGRESS, RESULT
+from infoprune_export.heads.launch import RESULT
 from infoprune_export.heads.train import Progress, start_accelerator, train_gates
 from infoprune_export.models.vlm import writable_copy
 from infoprune_export.pipeline import load_vlm
 from infoprune_export.recipe import Recipe
+from infoprune_export.training.launch import tell
 
 
 def work(job_file: Path) -> None:
@@ -30,11 +31,10 @@ def work(job_file: Path) -> None:
     original = load_vlm(recipe.model, str(accelerator.device))
     split = dataset.read(recipe.data, Path(job["data"]))
 
-    def tell(progress: Progress) -> None:
+    def show(progress: Progress) -> None:
         if os.getppid() != parent:
             raise InfopruneError("the process that started this training is gone")
-        with (scratch / PROGRESS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(progress)) + "\n")
+        tell(scratch, asdict(progress))
 
     trained = train_gates(
         writable_copy(original),
@@ -44,7 +44,7 @@ def work(job_file: Path) -> None:
         labelled=split.calibration_labelled,
         seed=recipe.seed,
         scratch=scratch,
-        on_step=tell,
+        on_step=show,
         accelerator=accelerator,
     )
     if accelerator.is_main_process:

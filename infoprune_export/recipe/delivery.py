@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 class ExportSpec(Spec):
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Type of weights and activations; the module is exported as it is typed, the graph is never converted."""
+    keep_fp32: Annotated[tuple[str, ...], BeforeValidator(tuple_of_list)] = ()
+    """Parts that compute in fp32 inside an fp16 or bf16 graph: ``blocks.3``, ``blocks.3.attention``, ``blocks.3.ffn``, or
+    ``stream`` for the residual stream itself. The attribute command says which overflow."""
     quantization: Literal["none", "int8"] = "none"
     """INT8 weights and activations of linear layers (QDQ), calibrated on the calibration images; needs fp32."""
     int8_scheme: Literal["auto", "cpu", "tensorrt"] = "auto"
@@ -30,6 +33,8 @@ class ExportSpec(Spec):
     def _types_fit(self) -> ExportSpec:
         if self.quantization == "int8" and self.precision != "fp32":
             raise ValueError(f"quantization int8 with precision {self.precision}: INT8 is made from fp32; use fp32")
+        if self.keep_fp32 and self.precision == "fp32":
+            raise ValueError("keep_fp32 with precision fp32: everything is fp32 already; use fp16 or bf16")
         return self
 
     @property

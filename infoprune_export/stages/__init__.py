@@ -5,7 +5,7 @@
     data ─► gates ─► heads ─► ffn ─► recovery ─► language ─► checkpoint ─► accuracy ─► validation ─► report
       ├───► baseline ─────────────────────────────────────────────┼──────────►┤             ▲           ▲
       └───► decoder ──────────────────────────────────────────────┼──────────►┘             │           │
-                                                                  └─► onnx ─► engine ───────┘           │
+                                                                  └─► onnx ─► engine ───────┴─► attribution
                                                                         └───► bench ────────────────────┤
                                                                               variants ─────────────────┘
 """
@@ -17,6 +17,7 @@ from typing import Any
 
 from infoprune_export.pipeline import Stage
 from infoprune_export.recipe import Recipe
+from infoprune_export.stages.attribution import make_attribution
 from infoprune_export.stages.budget import budget_slice, make_budget
 from infoprune_export.stages.common import check_everything
 from infoprune_export.stages.compress import (
@@ -40,6 +41,7 @@ from infoprune_export.stages.deliver import (
     make_validation,
     make_variants,
 )
+from infoprune_export.stages.processes import shared_out
 from infoprune_export.stages.recovery import make_recovery, recovery_slice
 
 __all__ = ["STAGES", "check_everything"]
@@ -92,11 +94,21 @@ def _target_slice(recipe: Recipe) -> dict[str, Any]:
     return chosen
 
 
+def _validation_slice(recipe: Recipe) -> dict[str, Any]:
+    chosen: dict[str, Any] = _sections("validate", "tokens", "decoder", "seed")(recipe)
+    # How many processes answer changes nothing.
+    del chosen["validate"]["processes"]
+    return chosen
+
+
+MAKERS = {"baseline": make_baseline, "accuracy": make_accuracy, "validation": make_validation}
+"""Stages that can be shared out between processes."""
+
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage("data", "calibration and validation data", (), data_slice, make_data, uses_model=False),
-        Stage("baseline", "answers of the original", ("data",), _sections(), make_baseline),
+        Stage("baseline", "answers of the original", ("data",), _sections(), shared_out(make_baseline, "baseline")),
         Stage("decoder", "layer of Stage 2 found", ("data",), _decoder_slice, make_decoder),
         Stage("gates", "head gates trained", ("data",), _gates_slice, make_gates, resumable=True),
         Stage("budget", "heads and widths settled together", ("data",), budget_slice, make_budget),
@@ -129,7 +141,7 @@ STAGES: dict[str, Stage] = {
             "answers of the compressed",
             ("data", "baseline", "decoder", "heads", "ffn", "recovery", "language", "checkpoint"),
             _sections("tokens", "decoder", "seed"),
-            make_accuracy,
+            shared_out(make_accuracy, "accuracy"),
         ),
         Stage("onnx", "ONNX exported", ("data", "checkpoint"), _onnx_slice, make_onnx),
         Stage("engine", "engine built", ("onnx",), _target_slice, make_engine),
@@ -149,8 +161,15 @@ STAGES: dict[str, Stage] = {
                 "onnx",
                 "engine",
             ),
-            _sections("validate", "tokens", "decoder", "seed"),
-            make_validation,
+            _validation_slice,
+            shared_out(make_validation, "validation"),
+        ),
+        Stage(
+            "attribution",
+            "errors attributed",
+            ("data", "heads", "ffn", "recovery", "checkpoint", "onnx", "engine", "validation"),
+            _sections("validate", "tokens", "seed"),
+            make_attribution,
         ),
         Stage("bench", "latency measured", ("onnx", "checkpoint"), _sections("bench", "engine"), make_bench),
         Stage(
@@ -163,7 +182,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "report",
             "report written",
-            ("gates", "budget", "recovery", "validation", "bench", "variants"),
+            ("gates", "budget", "recovery", "validation", "attribution", "bench", "variants"),
             _sections("description", "name"),
             make_report,
         ),

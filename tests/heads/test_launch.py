@@ -13,11 +13,11 @@ import torch
 
 from infoprune_export.data import dataset
 from infoprune_export.errors import InfopruneError
-from infoprune_export.heads import launch
 from infoprune_export.heads.launch import train_in_processes
 from infoprune_export.heads.train import Progress, Trained, train_gates
 from infoprune_export.models.vlm import load, writable_copy
 from infoprune_export.recipe import DataSpec, HeadsSpec, Recipe
+from infoprune_export.training import launch
 from infoprune_export.training.state import STATE
 
 TINY = {
