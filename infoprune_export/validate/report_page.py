@@ -128,9 +128,11 @@ def heat(error: float | None, limit: float) -> int:
 # ── Numbers ──────────────────────────────────────────────────────────────────
 
 
-def number(value: float | None, form: str = "%.3g") -> str:
-    """A figure, or that it is none."""
-    return "not finite" if value is None else form % value
+def number(value: float | None, form: str | None = None) -> str:
+    """A figure, or that it is none; without a form to three digits, and near 1 with the digits that matter there."""
+    if value is None:
+        return "not finite"
+    return (form or ("%.7g" if 0.99 < value < 1 else "%.3g")) % value
 
 
 def setting(value: Any) -> str:

@@ -9,7 +9,7 @@ from report_inputs import page_inputs as made_up
 
 from infoprune_export.ffn.plan import FfnChoice, FfnPlan
 from infoprune_export.validate import plots
-from infoprune_export.validate.report_page import heat
+from infoprune_export.validate.report_page import heat, number
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -230,6 +230,14 @@ def test_first_words_say_what_decided(page_inputs, undrawn):
     assert expected in text
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(None, "not finite"), (0.999999, "0.999999"), (1, "1"), (1e-4, "0.0001"), (2.5, "2.5"), (0.8, "0.8")],
+)
+def test_figures_near_one_keep_their_digits(value, said):
+    assert number(value) == said
+
+
 def test_peers_and_memory_are_there_if_they_were_measured(page_inputs, undrawn):
     text = words(page_of(page_inputs))
     assert "Against others" not in text
@@ -242,6 +250,7 @@ def test_peers_and_memory_are_there_if_they_were_measured(page_inputs, undrawn):
         "4 fast-and-wrong 2.13.0 original 3.00 (2.90 to 3.10) 0.70 (0.60–0.80) 3.0e-01 WRONG",
         "4 openvino original not timed: not installed; pip install openvino",
         "4 original 3.0 0.5",
+        "4 original 3.80 (3.70 to 3.90) 4.30 (4.10 to 4.70) 4.80 (– to –) 4 compressed",
         "4 compressed 2.00 (1.90 to 2.10) 2.50 (2.30 to 2.90) 3.00 (– to –)",
     ):
         assert expected in text, expected
