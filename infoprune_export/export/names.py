@@ -79,12 +79,12 @@ def name_boundaries(model: ir.Model) -> None:
         value, result = node.inputs[0], node.outputs[0]
         assert value is not None
         name = node.attributes["boundary"].as_string()
-        if result.is_graph_output():
-            name = result.name or name
-            taken.discard(name)
+        output = result.name if result.is_graph_output() else None
         ir.convenience.replace_all_uses_with(result, value, replace_graph_outputs=True)
         graph.remove(node, safe=True)
-        if name not in taken and not value.is_graph_input() and not is_boundary(value.name or ""):
+        if output is not None:
+            value.name = output
+        elif name not in taken and not value.is_graph_input() and not is_boundary(value.name or ""):
             _free(graph, name, value)
             value.name = name
             taken.add(name)
