@@ -31,6 +31,7 @@ NOT_RUN = {
     "real-size --export": "towers of published sizes need minutes and 12 GiB",
     "bench quickstart --real-size": "CLIP-L/336 needs minutes and gigabytes",
     "first-token quickstart --real-size": "a model of 0.9 B needs minutes and gigabytes",
+    "attribute quickstart --onnx": "needs a graph that its user has edited",
     "validate --kit-report": "needs the report of a device",
 }
 """Examples in docstrings that no test runs: how one begins, and why. All others are run."""

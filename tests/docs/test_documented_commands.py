@@ -1,7 +1,7 @@
 """Every command of README and docs: what can run here is run, the rest is parsed and says why it is not run.
 
 A block that cannot run has an HTML comment above it, ``<!-- not run: REASON -->``. The pages in `ALWAYS` run in the
-default suite but for the commands in `LONG`; all others run with ``--exhaustive``; parsed are all of them, always.
+default suite but for the commands named there; all others run with ``--exhaustive``; parsed are all of them, always.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import yaml
 
 from infoprune_export.recipe import Recipe
 
-ALWAYS = ("docs/tutorials/first-steps.md", "README.md")
-"""Pages whose commands run in the default suite; each run costs seconds."""
 LONG = ("parity", "compare-structure", "compare-tokens", "first-token", "front", "sweep", "analyse")
-"""Commands that only ``--exhaustive`` runs, from any page; each has tests of its own in the default suite."""
+"""Commands with tests of their own, which the default suite leaves out of pages."""
+ALWAYS = {"docs/tutorials/first-steps.md": LONG, "README.md": (*LONG, "run", "kit")}
+"""Pages whose commands run in the default suite, and those that do not: README looks at the run of first steps."""
 
 PAGES = blocks.pages()
 OURS = ("infoprune-export", "optimum-cli")
@@ -123,7 +123,7 @@ def _run_page(page: str, place: Path, monkeypatch: pytest.MonkeyPatch, *, leave_
 
 @pytest.mark.parametrize("page", ALWAYS)
 def test_commands_run(page, place, monkeypatch):
-    _run_page(page, place, monkeypatch, leave_out=LONG)
+    _run_page(page, place, monkeypatch, leave_out=ALWAYS[page])
 
 
 @pytest.mark.exhaustive
