@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.lines import Line2D
-from rich.table import Table
+from rich.table import Column, Table
 
 from infoprune_export.console import ratio_text
 from infoprune_export.validate.plots import AFTER, ALERT, BEFORE, blank, tidy, to_svg
@@ -21,7 +21,14 @@ _NORMAL_95 = 1.96
 def render(result: Study) -> list[Table]:
     """Points with what they reach, and interactions where there are any."""
     sizes = list(result["original"]["latency"])
-    table = Table("", "point", *(f"speed-up, batch {size}" for size in sizes), result["metric"], "to original", "")
+    table = Table(
+        "",
+        Column("point", overflow="fold"),
+        *(f"speed-up, batch {size}" for size in sizes),
+        result["metric"],
+        "to original",
+        "",
+    )
     original = result["original"]["accuracy"]
     table.add_row("", "original", *("1" for _ in sizes), f"{original['percent']:.1f}", "", "")
     for number, row in enumerate(result["points"], 1):
