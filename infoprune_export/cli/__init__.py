@@ -1,6 +1,7 @@
 """The command line: parse, call one function, print. Help and recipe errors import neither torch nor transformers."""
 
 from infoprune_export.cli import (  # noqa: F401  (they join the group)
+    attribution_commands,
     bench_commands,
     engine_commands,
     measuring_commands,

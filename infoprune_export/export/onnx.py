@@ -126,7 +126,7 @@ def widen_convolutions(model: ir.Model) -> None:
 
 def typed(tower: VisionTower, planned: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Planned tensors with pixels in the dtype of the tower's weights; indices and fp32 interpolation weights stay."""
-    dtype = tower.blocks[0].ffn_out.bias.dtype
+    dtype = tower.dtype
     return {name: value.to(dtype) if name == "pixel_values" else value for name, value in planned.items()}
 
 

@@ -95,7 +95,7 @@ def attend_packed(fused: Tensor, segments: Segments | None) -> Tensor:
         return out[0].transpose(0, 1).flatten(1)
     # An embedding lookup is a plain Gather in ONNX; indexing with a tensor would become the slower GatherND.
     gathered = F.embedding(segments.index, fused.flatten(1)).unflatten(2, fused.shape[1:]).permute(2, 0, 3, 1, 4)
-    out = F.scaled_dot_product_attention(gathered[0], gathered[1], gathered[2], attn_mask=segments.mask)
+    out = F.scaled_dot_product_attention(gathered[0], gathered[1], gathered[2], attn_mask=segments.mask.to(fused.dtype))
     return out.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, segments.inverse)
 
 

@@ -74,9 +74,9 @@ class Block:
     def attend(self, stream: Tensor, context: Context) -> Tensor:
         """The stream behind attention."""
         if self.num_heads:
-            return stream + self.attention_out(self.heads(stream, context))
+            return stream + self.attention_out(self.heads(stream, context)).to(stream.dtype)
         # A product over no channels is its bias; not every runtime knows that.
-        return stream + self.attention_out.bias
+        return stream + self.attention_out.bias.to(stream.dtype)
 
     def heads(self, stream: Tensor, context: Context) -> Tensor:
         """Concatenated outputs of the heads, [..., num_heads * head_dim]: what the output projection reads."""
@@ -86,7 +86,8 @@ class Block:
 
     def feed(self, stream: Tensor) -> Tensor:
         """The stream behind the FFN, from the one behind attention."""
-        return stream + self.ffn(self.ffn_norm(stream))
+        hidden = _in_type_of(self.ffn_norm, stream).to(self.ffn_out.weight.dtype)
+        return stream + self.ffn(hidden).to(stream.dtype)
 
     def _attended(self, hidden: Tensor, context: Context) -> Tensor:
         if len(self._names.qkv) == 1:
@@ -112,7 +113,8 @@ class Block:
 
     def normalised(self, stream: Tensor) -> Tensor:
         """What attention sees of the stream."""
-        return getattr(self.module, self._names.attention_norm)(stream)
+        norm = getattr(self.module, self._names.attention_norm)
+        return _in_type_of(norm, stream).to(self.attention_out.weight.dtype)
 
     # ── Structure ──
 
@@ -186,6 +188,17 @@ class Block:
     def ffn_norm(self) -> nn.Module:
         """Normalisation before the FFN; its input is the residual stream between attention and FFN."""
         return getattr(self.module, self._names.ffn_norm)
+
+    def part(self, name: str) -> list[nn.Module]:
+        """The modules of ``attention`` or ``ffn``, its norm first, or both ``norms``."""
+        norms = getattr(self.module, self._names.attention_norm), self.ffn_norm
+        attention = getattr(self.module, self._names.attention)
+        parts: dict[str, list[nn.Module]] = {
+            "attention": [norms[0], attention],
+            "ffn": [norms[1], self.ffn],
+            "norms": list(norms),
+        }
+        return parts[name]
 
     # ── Surgery, in place ──
 
@@ -272,3 +285,9 @@ class Block:
         """Overwrite the down projection (the outer factor of it), [D, its inputs] and [D]."""
         self.ffn_out.weight.copy_(weight)
         self.ffn_out.bias.copy_(bias)
+
+
+def _in_type_of(norm: nn.Module, stream: Tensor) -> Tensor:
+    """A norm of the stream in the norm's own type, which is wider where its part is kept in fp32."""
+    normalised: Tensor = norm(stream.to(next(norm.parameters()).dtype))
+    return normalised

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from infoprune_export.errors import InfopruneError
 from infoprune_export.models.attention import Context, received_attention
@@ -141,6 +141,9 @@ class LlavaTower(VisionTower):
 
     def token_grids(self, planned: Planned) -> list[tuple[int, int]]:
         return [(self.side, self.side)] * len(planned["pixel_values"])
+
+    def readers(self) -> list[nn.Module]:
+        return [self._projector]
 
     def project(self, tokens: Tensor) -> Tensor:
         return self._projector(tokens)

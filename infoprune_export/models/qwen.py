@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from infoprune_export.errors import InfopruneError
@@ -267,6 +267,9 @@ class QwenTower(VisionTower):
     def _per_image(self, packed: Tensor, planned: Planned) -> Tensor:
         """Values of all visual tokens [N, E] as rows of images; one row without `token_index`."""
         return F.embedding(planned["token_index"], packed) if "token_index" in planned else packed[None]
+
+    def readers(self) -> list[nn.Module]:
+        return [self._visual.merger, *getattr(self._visual, "deepstack_merger_list", ())]
 
     def project(self, tokens: Tensor) -> Tensor:
         return tokens

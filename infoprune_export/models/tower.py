@@ -86,6 +86,8 @@ class VisionTower(ABC):
     selection_width: int | None = None
     """Leading channels of `visual_tokens` that selection compares; None for all of them."""
     blocks: Sequence[Block]
+    wide_stream: bool = False
+    """Whether the residual stream is fp32 in a tower of a narrower type; see `precision.keep_fp32`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -134,7 +136,7 @@ class VisionTower(ABC):
 
     def run_blocks(self, stream: Tensor, context: Context, observed: Collection[int] = ()) -> Activations:
         """All blocks; the outputs of the `observed` ones are kept besides those of `tapped`."""
-        stream = mark(stream, EMBEDDING)
+        stream = mark(stream.float() if self.wide_stream else stream, EMBEDDING)
         before_last, taps = stream, {}
         for number, block in enumerate(self.blocks):
             before_last = stream
@@ -181,6 +183,10 @@ class VisionTower(ABC):
         """Rows and columns of each image's visual tokens, for a call that selects; one row where they form no grid."""
 
     @abstractmethod
+    def readers(self) -> list[nn.Module]:
+        """The modules behind the last block, which read the residual stream."""
+
+    @abstractmethod
     def project(self, tokens: Tensor) -> Tensor:
         """Visual tokens [B, T, E] into the language model's embedding space [B, T, D_llm]."""
 
@@ -206,6 +212,11 @@ class VisionTower(ABC):
         return self.plan(self.example_inputs(images, generator), form)
 
     # ── Structure ──
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embedding's weights, and of all others but those that are kept in fp32."""
+        return next(self.model.parameters()).dtype
 
     def head_counts(self) -> list[int]:
         return [block.num_heads for block in self.blocks]

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from infoprune_export.data import testbed
 from infoprune_export.errors import InfopruneError
 from infoprune_export.models import check_family, tower_of
+from infoprune_export.models.precision import keep_fp32
 from infoprune_export.models.tower import Layout, VisionTower
 from infoprune_export.recipe import ModelSpec
 
@@ -177,12 +178,17 @@ def writable_copy(vlm: VLM) -> VLM:
     return VLM(model, vlm.processor, tower_of(model))
 
 
-def cast(vlm: VLM, dtype: torch.dtype) -> VLM:
-    """The VLM in another floating type: itself if it is in that type, else a copy."""
+def cast(vlm: VLM, dtype: torch.dtype, keep: Collection[str] = ()) -> VLM:
+    """The VLM in another floating type: itself if it is in that type, else a copy.
+
+    Parts of the encoder in `keep` stay fp32, see `precision.keep_fp32`.
+    """
     if vlm.model.dtype == dtype:
         return vlm
     model = copy.deepcopy(vlm.model).to(dtype)
-    return VLM(model, vlm.processor, tower_of(model))
+    made = VLM(model, vlm.processor, tower_of(model))
+    keep_fp32(made.tower, vlm.tower, keep)
+    return made
 
 
 def on_cpu(vlm: VLM) -> VLM:

@@ -16,8 +16,8 @@ class ExportSpec(Spec):
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Type of weights and activations; the module is exported as it is typed, the graph is never converted."""
     keep_fp32: Annotated[tuple[str, ...], BeforeValidator(tuple_of_list)] = ()
-    """Parts that compute in fp32 inside an fp16 or bf16 graph: ``blocks.3``, ``blocks.3.attention``, ``blocks.3.ffn``, or
-    ``stream`` for the residual stream itself. The attribute command says which overflow."""
+    """Parts that compute in fp32 inside an fp16 or bf16 graph: ``blocks.3``, ``blocks.3.attention``,
+    ``blocks.3.ffn``, or ``stream`` for the residual stream itself. The attribute command says which overflow."""
     quantization: Literal["none", "int8"] = "none"
     """INT8 weights and activations of linear layers (QDQ), calibrated on the calibration images; needs fp32."""
     int8_scheme: Literal["auto", "cpu", "tensorrt"] = "auto"

@@ -168,7 +168,7 @@ STAGES: dict[str, Stage] = {
             "attribution",
             "errors attributed",
             ("data", "heads", "ffn", "recovery", "checkpoint", "onnx", "engine", "validation"),
-            _sections("validate", "tokens", "seed"),
+            _validation_slice,
             make_attribution,
         ),
         Stage("bench", "latency measured", ("onnx", "checkpoint"), _sections("bench", "engine"), make_bench),

@@ -42,6 +42,7 @@ def check_everything(run: Run, *, exporting: bool = True, building: bool = True,
     from infoprune_export.data import dataset
     from infoprune_export.heads.train import check_training
     from infoprune_export.language.compress import check_language
+    from infoprune_export.models.precision import check_keep_fp32
     from infoprune_export.models.vlm import check_model
     from infoprune_export.recovery.distill import check_recovery
     from infoprune_export.tokens.encoder import check_selection, form_of
@@ -63,6 +64,7 @@ def check_everything(run: Run, *, exporting: bool = True, building: bool = True,
             check_selection(vlm.tower, recipe.tokens)
             check_decoder(recipe.decoder, vlm)
             check_language(recipe.language, vlm.model)
+    check_keep_fp32(run.recipe.export.keep_fp32, len(vlm.tower.blocks))
     form_of(vlm.tower, run.recipe.tokens, run.recipe.export.several)
     if not run.recipe.data.made:
         from infoprune_export.models.calibration import inputs_of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,11 @@ SCORES = "scores.json"
 
 
 def make_onnx(run: Run, folder: Path) -> None:
-    """The compressed encoder with selection, the original without, and golden inputs and outputs."""
+    """The compressed encoder with selection, the original without, and golden inputs and outputs.
+
+    Beside a typed or INT8 encoder stays its fp32 graph, ``float``, so that what exporting and what rounding changed can
+    be told apart.
+    """
     from safetensors.numpy import save_file
 
     from infoprune_export.export.onnx import export_onnx, golden_io
@@ -44,7 +47,7 @@ def make_onnx(run: Run, folder: Path) -> None:
     form = form_of(original.tower, tokens, spec.several)
     for name, vlm, selection in (("original", original, None), ("compressed", compressed, tokens)):
         (folder / name).mkdir()
-        tower = cast(vlm, spec.dtype).tower
+        tower = cast(vlm, spec.dtype, spec.keep_fp32 if name == "compressed" else ()).tower
         export_onnx(tower, selection, folder / name, opset=spec.opset, several=form.several)
     if spec.quantization == "int8":
         (folder / "compressed").rename(folder / "float")
@@ -53,7 +56,9 @@ def make_onnx(run: Run, folder: Path) -> None:
 
         feeds = _calibration_feeds(run, form)
         quantize_int8(folder / "float", folder / "compressed", feeds, scheme=int8_scheme(run.recipe))
-        shutil.rmtree(folder / "float")
+    elif spec.precision != "fp32":
+        (folder / "float").mkdir()
+        export_onnx(compressed.tower, tokens, folder / "float", opset=spec.opset, several=form.several)
     golden = golden_io(compressed.tower, tokens, images=2, seed=run.recipe.seed, several=form.several)
     save_file(golden, folder / GOLDEN)
 

@@ -82,10 +82,14 @@ class VisionEncoder(nn.Module):
         tower = self._tower
         if self._tokens is None or not self.form.selecting:
             stream, context = tower.embed(planned)
-            return mark(tower.assemble(tower.run_blocks(stream, context), planned), FEATURES)
+            return mark(self._narrow(tower.assemble(tower.run_blocks(stream, context), planned)), FEATURES)
         selection = METHODS[self._tokens.method].load()(self.candidates(planned), self._tokens)
-        features = mark(tower.project(mark(selection.tokens, SELECTED)), FEATURES)
+        features = mark(self._narrow(tower.project(mark(selection.tokens, SELECTED))), FEATURES)
         return features, self._positions(selection.kept, planned)
+
+    def _narrow(self, features: Tensor) -> Tensor:
+        """What the language model takes has the model's type, whatever the stream has."""
+        return features.to(self._tower.dtype) if self._tower.wide_stream else features
 
     def candidates(self, planned: Planned) -> Candidates:
         """What the recipe's selector sees; for encoders that select."""

@@ -155,14 +155,18 @@ def _engine_parity(subject: Subject) -> list[Parity]:
 
 
 def _inputs(subject: Subject) -> list[tuple[str, dict[str, torch.Tensor]]]:
+    return parity_inputs(subject.recipe, subject.split, subject.original)
+
+
+def parity_inputs(recipe: Recipe, split: Split, original: VLM) -> list[tuple[str, dict[str, torch.Tensor]]]:
     """Batches of several sizes, of validation images and of random input."""
-    samples = subject.split.validation
+    samples = split.validation
     cases = []
-    for size in subject.recipe.validate_.parity_batches:
+    for size in recipe.validate_.parity_batches:
         images = [samples[i % len(samples)] for i in range(size)]
-        cases.append((f"{size} image{'s' if size > 1 else ''}", inputs_of(subject.original, images)))
-    generator = torch.Generator().manual_seed(subject.recipe.seed)
-    cases.append(("2 random", subject.original.tower.example_inputs(2, generator)))
+        cases.append((f"{size} image{'s' if size > 1 else ''}", inputs_of(original, images)))
+    generator = torch.Generator().manual_seed(recipe.seed)
+    cases.append(("2 random", original.tower.example_inputs(2, generator)))
     return cases
 
 
