@@ -68,7 +68,9 @@ class HeadsSpec(Spec):
     spectral_blocks: int = Field(8, ge=1)
     """Blocks whose spectral terms each step computes anew, in turn; the others keep their last gradient."""
     learning_rate: float = Field(1e-2, gt=0)
+    """Of trained gates; the paper's, and so the next."""
     epochs: int = Field(7, ge=1)
+    """Passes over the calibration images."""
     batch_size: int = Field(32, ge=1)
     """Images per step, all processes together."""
     questions_per_image: int = Field(1, ge=1)
@@ -160,6 +162,7 @@ class FfnSpec(Spec):
     """
 
     method: FfnMethod = "obs"
+    """See above; ``none`` leaves the FFNs as they are."""
     keep_macs: float = Field(0.5, gt=0, le=1)
     """Fraction of all FFN multiply-accumulates that is kept; ``paper`` and ``taylor`` go by `epsilon` unless told."""
     round_to: int = Field(64, ge=1)
@@ -191,6 +194,7 @@ class LanguageSpec(Spec):
     """
 
     method: Literal["none", "obs", "random"] = "none"
+    """See above."""
     remove_heads: float = Field(0.25, ge=0, lt=1)
     """Fraction of the attention's multiply-accumulates (q, k, v, o) that goes. Plain heads count one each; of grouped
     queries either whole key-value heads with their queries go, or equally many queries of each."""
@@ -244,6 +248,7 @@ class RefitSpec(Spec):
     """Ridge least squares that fits output projections (heads) and down projections (FFN) to the original model."""
 
     enabled: bool = True
+    """Without it what is kept stays exactly what it was."""
     ridge: float = Field(0.03, gt=0)
     """Added to the normal matrix's diagonal, relative to its mean. On the testbed .001 to .1 are equal within the
     standard error at 448 images; with few images the larger one is safer."""

@@ -74,6 +74,7 @@ class DecoderSpec(Spec):
     """
 
     method: Literal["none", "infoprune", "random", "fastv", "pyramiddrop", "sparsevlm"] = "none"
+    """See above; ``none`` keeps all tokens in all layers."""
     layer: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], BeforeValidator(_as_layer)] = "auto"
     """K, from 0: attention in this layer ranks the tokens, and the layers behind it see the kept ones. The paper has 15
     of 32 for LLaVA-7B and 13 of 28 for Qwen2.5-VL-7B. Auto: where the paper's saturation signals settle on the

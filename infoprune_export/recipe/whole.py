@@ -19,7 +19,9 @@ class ModelSpec(Spec):
     name_or_path: str = Field(min_length=1)
     """A folder, a hub id such as ``llava-hf/llava-1.5-7b-hf`` (nothing else uses the network), or ``testbed/…``."""
     revision: str | None = None
+    """Branch, tag or commit of a hub id; the newest of its main branch by default."""
     trust_remote_code: bool = False
+    """Let a hub model run Python of its own. Only for authors you trust."""
     image_packing: Literal["anyres", "tiles"] = "anyres"
     """LLaVA-NeXT only. Its own packing, or all tokens of all tiles (2880 for 2 x 2), as in token pruning papers."""
 
@@ -31,9 +33,13 @@ class Recipe(Spec):
     """A whole run. `variants` name sets of ``dotted.key: value`` overrides that are run beside it, up to accuracy."""
 
     name: Name
+    """Of the run and its folder below ``runs``: letters, digits, dot, dash, underscore."""
     description: str = ""
+    """One line, for lists and the report."""
     seed: int = Field(0, ge=0, lt=2**63)
+    """Of everything that is drawn: scenes, order of batches, random methods."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train, calibrate and answer; ``auto`` is CUDA where there is a device. The engine has its target's."""
     model: ModelSpec
     data: DataSpec = DataSpec()
     heads: HeadsSpec = HeadsSpec()
@@ -49,6 +55,7 @@ class Recipe(Spec):
     validate_: ValidateSpec = Field(ValidateSpec(), alias="validate")
     bench: BenchSpec = BenchSpec()
     variants: dict[Name, dict[str, Any]] = Field(default_factory=dict)
+    """Name to overrides; each is a run of its own beside this one, and a row of the report."""
     grid: dict[str, Values] = Field(default_factory=dict)
     """Dotted keys and the values that ``sweep`` gives them, in every combination; a single run leaves it alone."""
 
