@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
 from rich.progress import Progress
 
 from infoprune_export.artifacts import sha256_json
@@ -150,7 +151,8 @@ def carry_out(
     recipe: Recipe, stages: Sequence[str], folder: Path, donors: tuple[Path, ...], progress: Progress | None = None
 ) -> str | None:
     """Bring a point up to its stages; returns a user's mistake in a line."""
-    run = Run(recipe, folder, progress or Progress(disable=True), donors=donors)
+    silent = Progress(console=Console(quiet=True), disable=True)
+    run = Run(recipe, folder, progress or silent, donors=donors)
     try:
         check_everything(run, timing=True)
         for name in stages:
