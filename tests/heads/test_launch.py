@@ -143,16 +143,16 @@ def test_the_first_to_die_is_the_one_that_is_named(tmp_path, monkeypatch):
 
 
 def test_progress_is_followed_line_by_line(tmp_path):
-    seen: list[Progress] = []
+    seen: list[dict[str, object]] = []
     path = tmp_path / "progress.jsonl"
     assert launch._report(path, 0, seen.append) == 0
     lines = [json.dumps({"step": step, "steps": 2, "terms": {"task": 0.5}}) + "\n" for step in (1, 2)]
     path.write_text(lines[0] + lines[1][:9])
     place = launch._report(path, 0, seen.append)
-    assert seen == [Progress(1, 2, {"task": 0.5})]
+    assert seen == [{"step": 1, "steps": 2, "terms": {"task": 0.5}}]
     path.write_text("".join(lines))
     assert launch._report(path, place, seen.append) == len("".join(lines))
-    assert [progress.step for progress in seen] == [1, 2]
+    assert [line["step"] for line in seen] == [1, 2]
 
 
 def test_workers_are_told_who_they_are(tmp_path, monkeypatch):
