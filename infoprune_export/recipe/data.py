@@ -67,6 +67,7 @@ class DataSpec(Spec):
     prompts: Annotated[tuple[str, ...], BeforeValidator(tuple_of_list)] = ("Describe the image.",)
     """Asked about images that have no questions."""
     calibration_images: int = Field(448, ge=1)
+    """At most so many; of fewer images half calibrates."""
     validation_questions: int = Field(2000, ge=1)
     """Questions that belong together are all asked or none, so that there may be a few less."""
     calibration_from: str | None = None

@@ -93,6 +93,7 @@ class ValidateSpec(Spec):
     min_agreement: float = Field(0.8, ge=0, le=1)
     """Without annotations: fraction of questions both models answer alike."""
     rewrite_tolerance: float = Field(1e-5, gt=0)
+    """Largest error of the rewritten model against the masked original, relative."""
     onnx_tolerance: float | None = Field(None, gt=0)
     """Largest error, relative. By default 1e-4 in fp32, 3e-2 in fp16, 0.2 in bf16, 0.5 in INT8."""
     min_cosine: float | None = Field(None, ge=0, le=1)
@@ -101,6 +102,7 @@ class ValidateSpec(Spec):
     """Worst step of the kept indices when replayed in float64: 1 - residual / best residual. Judged in fp32 only: in
     lower precision the features themselves differ by more, and accuracy judges."""
     parity_batches: Sizes = (1, 3, 8)
+    """Numbers of images that outputs are compared on."""
     processes: int = Field(1, ge=1)
     """That answer the questions, each with a share of them; one GPU each on ``cuda``. No result depends on it."""
 
@@ -118,6 +120,7 @@ class BenchSpec(Spec):
     """Latency, original against compressed, interleaved in one process."""
 
     batch_sizes: Sizes = (1, 16)
+    """Images per call; one table row each."""
     rounds: int = Field(30, ge=3)
     """That are made in any case; a round runs everything once."""
     max_interval: float = Field(0.05, gt=0)
@@ -127,6 +130,7 @@ class BenchSpec(Spec):
     max_seconds: float = Field(120.0, gt=0)
     """At most so long for a batch size, once ``rounds`` are made."""
     warmup: int = Field(3, ge=0)
+    """Rounds that are run first and not counted."""
     threads: int = Field(1, ge=1)
     """CPU threads inside an operator. One, because small pruned GEMMs scale worse than large ones."""
     against: Annotated[tuple[PeerName, ...], BeforeValidator(tuple_of_list)] = ()

@@ -161,6 +161,13 @@ def test_every_key_and_every_command_is_in_the_reference():
     assert [name for name in main.commands if f"\n## {name}\n" not in commands] == []
 
 
+@pytest.mark.parametrize("page", ["recipe", "targets", "commands"])
+def test_nothing_in_the_reference_goes_without_saying(page):
+    rows = [line for line in blocks.text_of(f"docs/reference/{page}.md").splitlines() if line.startswith("| `")]
+    assert len(rows) > 15
+    assert [row for row in rows if not row.removesuffix("|").rstrip(" ").rpartition("|")[2]] == []
+
+
 def test_a_stale_reference_is_found(tmp_path, monkeypatch):
     import importlib.util
 
