@@ -2,12 +2,12 @@
 
 ::
 
-    data ─► gates ─► heads ─► ffn ─► recovery ─► language ─► checkpoint ─► accuracy ─► validation ─► report
-      ├───► baseline ─────────────────────────────────────────────┼──────────►┤             ▲           ▲
-      └───► decoder ──────────────────────────────────────────────┼──────────►┘             │           │
-                                                                  └─► onnx ─► engine ───────┴─► attribution
-                                                                        └───► bench ────────────────────┤
-                                                                              variants ─────────────────┘
+    data ─► gates ─► heads ─► ffn ─► recovery ─► language ─► checkpoint ─► accuracy ─► validation ─────► report
+      ├───► baseline ─────────────────────────────────────────────┼──────────►┤             ▲               ▲
+      └───► decoder ──────────────────────────────────────────────┼──────────►┘             │               │
+                                                                  └─► onnx ─► engine ───────┴► attribution ─┤
+                                                                        └───► bench ────────────────────────┤
+                                                                              variants ─────────────────────┘
 """
 
 from __future__ import annotations
