@@ -21,8 +21,11 @@ from infoprune_export.recipe import Recipe
 
 LONG = ("parity", "compare-structure", "compare-tokens", "first-token", "front", "sweep", "analyse")
 """Commands with tests of their own, which the default suite leaves out of pages."""
-ALWAYS = {"docs/tutorials/first-steps.md": LONG, "README.md": (*LONG, "run", "kit")}
-"""Pages whose commands run in the default suite, and those that do not: README looks at the run of first steps."""
+ALWAYS = {
+    "docs/tutorials/first-steps.md": (*LONG, "validate"),
+    "README.md": (*LONG, "run", "kit"),
+}
+"""Pages whose commands run in the default suite, and those that do not: one whole run serves both."""
 
 PAGES = blocks.pages()
 OURS = ("infoprune-export", "optimum-cli")
