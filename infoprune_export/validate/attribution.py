@@ -26,7 +26,7 @@ from infoprune_export.heads.plan import HeadPlan
 from infoprune_export.models.tower import VisionTower
 from infoprune_export.models.vlm import VLM
 from infoprune_export.recipe import Recipe, TokensSpec
-from infoprune_export.tokens.encoder import VisionEncoder
+from infoprune_export.tokens.encoder import FEATURES, KEPT, VisionEncoder
 from infoprune_export.validate import attribution_steps as outputs
 from infoprune_export.validate.attribution_schema import Attribution, Broken, Overflow, PartRow, StepRow
 from infoprune_export.validate.blocks import Implementation, Limits, OnnxParts, TorchParts, compare_parts
@@ -287,7 +287,7 @@ def check_foreign(file: Path, own: Path) -> None:
         raise InfopruneError(
             f"{file}: input {sorted(map(str, wrong))[0]!r} is on one side only; export the same encoder"
         )
-    if not (found := boundaries_of(theirs)) or not set(found) & set(boundaries_of(mine)) - {"image_features"}:
+    if not (found := boundaries_of(theirs)) or not set(found) & set(boundaries_of(mine)) - {FEATURES, KEPT}:
         raise InfopruneError(
             f"{file}: has none of the values that parts end in, such as {boundaries_of(mine)[1]!r}; keep their names"
         )
