@@ -141,11 +141,10 @@ def test_images_without_questions_have_no_official_figures(scenes, trained_vlm):
 # ── Workers ──────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_answers_do_not_depend_on_workers(trained_vlm, scene_split, workers):
+def test_answers_do_not_depend_on_workers(trained_vlm, scene_split):
     samples, encode = scene_split.validation[:5], VisionEncoder(trained_vlm.tower, None).encode
     inline = collect_answers(trained_vlm, samples, encode, batch_size=2)
-    assert collect_answers(trained_vlm, samples, encode, batch_size=2, workers=workers) == inline
+    assert collect_answers(trained_vlm, samples, encode, batch_size=2, workers=2) == inline
     assert len({text for texts in inline for text in texts}) > 2
 
 
@@ -181,6 +180,7 @@ def run(tmp_path: Path) -> Run:
     return Run(recipe, tmp_path, Progress(disable=True), finished={"data": tmp_path / "data"})
 
 
+@pytest.mark.slow
 def test_two_processes_answer_as_one(run, tmp_path):
     told: list[tuple[str, int, int]] = []
     run.track = lambda title, total: lambda count: told.append((title, total, count))  # type: ignore[method-assign]
