@@ -293,7 +293,8 @@ def test_a_foreign_file_without_the_names_is_refused(made, tmp_path):
         for names in (node.input, node.output):
             names[:] = [
                 f"x{name}"
-                if name.startswith(("blocks", "embed", "prior", "kept", "sel")) and name != "kept_indices"
+                if name.startswith(("blocks", "embed", "visual_tokens", "prior", "kept", "sel"))
+                and name != "kept_indices"
                 else name
                 for name in names
             ]
