@@ -44,7 +44,7 @@ FEWER: dict[str, Sequence[tuple[tuple[str, ...], str]]] = {
         (("--seeds",), "1"),
     ),
     "compare-tokens": ((("--method",), "stride"), (("--keep",), "1/2"), (("--seeds",), "1")),
-    "front": ((("--of",), "ffn"), (("--speed-up",), "1.2")),
+    "front": ((("--of",), "both"), (("--speed-up",), "1.2")),
     "parity": ((("--every",), "800"),),
 }
 """Options that make a command cheap where it gives none of them itself; of several, the first is what is added."""
