@@ -48,8 +48,23 @@ def test_a_run_on_images_of_mixed_sizes_ends_with_pass(folder):
     ("setting", "error", "cosine"), [("export.precision=fp16", 3e-2, 0.9995), ("export.quantization=int8", 0.5, 0.99)]
 )
 def test_lower_precisions_pass_within_their_own_limits(folder, setting, error, cosine):
-    validation = run(folder, setting)
+    """What exporting changes is a step of its own, in front of what rounding does; and nothing is broken."""
+    validation = run(folder, setting, command="attribute")
     engine = [p for p in validation["parity"] if p["step"] == "engine"]
+    assert [row["step"] for row in validation["accuracy"]][-3:] == ["onnx", "precision", "engine"]
+    exact = [p for p in validation["parity"] if p["step"] == "onnx"]
+    assert max(p["relative_error"] for p in exact) < 1e-5
+    assert all(p["kept_suboptimality"] <= 1e-2 for p in exact)
+    attribution = json.loads((folder / "attribution" / "attribution.json").read_text())
+    assert attribution["broken"] == []
+    rows = {row["step"]: row for row in attribution["steps"]}
+    assert rows["precision"]["parity"]["relative_error"] > 1e-5 > rows["onnx"]["parity"]["relative_error"]
+    answered = {row["step"]: row["percent"] for row in validation["accuracy"]}
+    assert [rows[step]["accuracy"] for step in ("onnx", "precision", "engine")] == [
+        answered[step] for step in ("onnx", "precision", "engine")
+    ]
+    parts = {row["part"] for row in attribution["blocks"] if row["step"] == "precision"}
+    assert {"embedding", "blocks.0.attention", "blocks.1.ffn", "selection", "merging"} <= parts
     assert max(p["relative_error"] for p in engine) <= error
     assert min(p["cosine"] for p in engine) >= cosine
     assert max(p["relative_error"] for p in engine) > 1e-5, "it is lower precision that ran"

@@ -156,14 +156,21 @@ def _subject(run: Run) -> Any:
     from infoprune_export.validate.verdict import Subject
 
     heads, head_weights, ffn, ffn_weights = read_plans(run)
-    # The exported file is judged on the portable provider, the engine on its own.
+    # The exported files are judged on the portable provider, the engine on its own.
     portable = OnnxRuntimeTarget(
         name="onnx",
-        description="the exported file",
+        description="an exported file",
         backend="onnxruntime",
         providers=("CPUExecutionProvider",),
         threads=0,
     )
+    files = {"onnx": "compressed"}
+    if run.recipe.export.numerics != "fp32":
+        files = {"onnx": "float", "precision": "compressed"}
+    made = {
+        step: OnnxRuntimeEngine(open_session(run.folder_of("onnx") / name / MODEL, portable), {})
+        for step, name in files.items()
+    }
     return Subject(
         recipe=run.recipe,
         split=run.split,
@@ -176,8 +183,7 @@ def _subject(run: Run) -> Any:
         heads=heads,
         ffn=ffn,
         weights={**head_weights, **ffn_weights},
-        onnx=OnnxRuntimeEngine(open_session(run.folder_of("onnx") / "compressed" / MODEL, portable), {}),
-        engine=open_engine(run.folder_of("engine"), run.target),
+        engines={**made, "engine": open_engine(run.folder_of("engine"), run.target)},
         baseline=read_json(run.folder_of("baseline") / "answers.json"),
         answers=read_json(run.folder_of("accuracy") / "answers.json"),
         decoder=read_decoder(run, run.original),

@@ -38,7 +38,7 @@ from infoprune_export.validate.accuracy import (
     split_answers,
     split_scores,
 )
-from infoprune_export.validate.parity import Parity, compare, encoder_parity, limits_of, masked, through
+from infoprune_export.validate.parity import LIMITS, Parity, compare, encoder_parity, limits_of, masked, through
 
 PICTURES = 6
 STEPS = {
@@ -49,7 +49,8 @@ STEPS = {
     "language": "heads and FFNs of the language model removed",
     "tokens": "visual tokens selected",
     "decoder": "visual tokens dropped inside the language model",
-    "onnx": "exported file in ONNX Runtime",
+    "onnx": "exported graph in ONNX Runtime",
+    "precision": "the graph in the type that was asked for",
     "engine": "engine for the target",
 }
 
@@ -74,8 +75,8 @@ class Subject:
     heads: HeadPlan
     ffn: FfnPlan
     weights: dict[str, torch.Tensor]
-    onnx: Engine
-    engine: Engine
+    engines: dict[str, Engine]
+    """By step: onnx, the exported fp32 graph; precision, where another type was asked for; engine."""
     baseline: Answers
     answers: dict[str, Answers]
     decoder: Decoding | None
@@ -91,9 +92,9 @@ def validate(subject: Subject) -> tuple[dict[str, Any], dict[str, Any]]:
     recipe, samples = subject.recipe, subject.split.validation
     parities = [*_rewrite_parity(subject), *_engine_parity(subject)]
     answers = dict(subject.answers)
-    advance = subject.track("engine answers", 2 * len(samples))
+    advance = subject.track("engine answers", len(subject.engines) * len(samples))
     form = form_of(subject.original.tower, recipe.tokens, recipe.export.several)
-    for step, engine in (("onnx", subject.onnx), ("engine", subject.engine)):
+    for step, engine in subject.engines.items():
         see = partial(encode, subject.original.tower, form, recipe.tokens, through(engine))
         answers[step] = split_answers(subject.answering, subject.split, see, on_batch=advance, decoder=subject.decoder)
     accuracy = accuracy_table(subject.split, subject.baseline, answers)
@@ -135,23 +136,27 @@ def _rewrite_parity(subject: Subject) -> list[Parity]:
 
 def _engine_parity(subject: Subject) -> list[Parity]:
     spec, tokens, export = subject.recipe.validate_, subject.recipe.tokens, subject.recipe.export
-    tolerance, cosine = limits_of(subject.recipe)
-    return [
-        encoder_parity(
-            step,
-            subject.pruned.tower,
-            tokens,
-            engine,
-            inputs,
-            case=case,
-            tolerance=tolerance,
-            min_cosine=cosine,
-            replay_tolerance=spec.replay_tolerance if export.numerics == "fp32" else None,
-            several=export.several,
-        )
-        for step, engine in (("onnx", subject.onnx), ("engine", subject.engine))
-        for case, inputs in _inputs(subject)
-    ]
+    parities = []
+    for step, engine in subject.engines.items():
+        # Beside a typed or INT8 graph the fp32 one is held to fp32's limits.
+        exact = "precision" in subject.engines and step == "onnx"
+        tolerance, cosine = LIMITS["fp32"] if exact else limits_of(subject.recipe)
+        parities += [
+            encoder_parity(
+                step,
+                subject.pruned.tower,
+                tokens,
+                engine,
+                inputs,
+                case=case,
+                tolerance=tolerance,
+                min_cosine=cosine,
+                replay_tolerance=spec.replay_tolerance if exact or export.numerics == "fp32" else None,
+                several=export.several,
+            )
+            for case, inputs in _inputs(subject)
+        ]
+    return parities
 
 
 def _inputs(subject: Subject) -> list[tuple[str, dict[str, torch.Tensor]]]:
@@ -276,7 +281,7 @@ def _sample_selections(subject: Subject) -> list[dict[str, Any]]:
     samples = subject.split.validation[:PICTURES]
     tower, inputs = subject.original.tower, inputs_of(subject.original, samples)
     form = form_of(tower, subject.recipe.tokens, subject.recipe.export.several)
-    run = through(subject.engine)
+    run = through(subject.engines["engine"])
     kept = [row[row >= 0] for planned in tower.calls(inputs, form) for row in run(planned)[KEPT]]
     return [{"image": sample.image.name, "kept": row.tolist()} for sample, row in zip(samples, kept, strict=True)]
 
@@ -284,10 +289,20 @@ def _sample_selections(subject: Subject) -> list[dict[str, Any]]:
 # ── Checks ───────────────────────────────────────────────────────────────────
 
 
+_PARITIES = {
+    "rewrite": "masked = rewritten",
+    "onnx": "PyTorch = ONNX",
+    "precision": "PyTorch = typed ONNX",
+    "engine": "PyTorch = engine",
+}
+
+
 def _parity_checks(parities: Sequence[Parity], recipe: Recipe) -> list[dict[str, Any]]:
     checks = []
-    for step, what in (("rewrite", "masked = rewritten"), ("onnx", "PyTorch = ONNX"), ("engine", "PyTorch = engine")):
+    for step, what in _PARITIES.items():
         mine = [parity for parity in parities if parity.step == step]
+        if not mine:
+            continue
         worst = max(mine, key=lambda parity: parity.relative_error)
         within = all(p.relative_error <= p.tolerance for p in mine)
         checks.append(_check(what, within, worst.relative_error, worst.tolerance, f"worst: {worst.case}"))
