@@ -1,4 +1,4 @@
-"""Whole runs on the second testbed model, two blocks of it: images of any size, every precision, down to the verdict."""
+"""Whole runs on two blocks of the second testbed model: images of any size, every precision, down to the verdict."""
 
 import json
 
