@@ -180,8 +180,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
                 f"{path}: schema_version {manifest['schema_version']}, this version reads {SCHEMA_VERSION}; "
                 f"delete {folder} to make it again"
             )
-        if not isinstance(manifest["outputs"], dict) or not isinstance(manifest["key"], str):
+        if not all(isinstance(manifest[name], dict) for name in ("inputs", "outputs", "recipe")):
             raise TypeError
+        if not all(isinstance(text, str) for text in (manifest["key"], *manifest["outputs"].values())):
+            raise TypeError
+    except OSError as error:
+        raise InfopruneError(
+            f"{path}: cannot be read ({error.strerror}); make it readable, or delete {folder}"
+        ) from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise InfopruneError(f"{path}: corrupt manifest; delete {folder} to make it again") from None
     return dict(manifest)
@@ -191,11 +197,19 @@ def verify(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Check every file of a finished folder against its manifest.
 
     Raises:
-        InfopruneError: a file is missing or its bytes changed; the message names it.
+        InfopruneError: a file is missing, its bytes changed, or it lies elsewhere; the message names it.
     """
     for name, expected in manifest["outputs"].items():
         path = folder / name
-        if not path.is_file():
+        try:
+            inside, there = path.resolve().is_relative_to(folder.resolve()), path.is_file()
+        except (OSError, ValueError, RuntimeError):  # too long, a character no name has, links that go round
+            inside = there = False
+        if not inside:
+            raise InfopruneError(
+                f"{folder / MANIFEST}: {name!r:.80} is no file of its folder; delete {folder} to make it again"
+            )
+        if not there:
             raise InfopruneError(f"{path}: artefact is missing; delete {folder} to make it again")
         if (actual := sha256_file(path)) != expected:
             raise InfopruneError(

@@ -2,7 +2,10 @@
 
 import re
 
-_LINE_BREAKS = re.compile(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
+_LINE_BREAKS = re.compile(r"[\n\r\t\v\f\x1c-\x1e\x85\u2028\u2029]+")
+# Control characters, which a terminal would obey; marks that turn the direction of writing; halves of characters.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_LONGEST = 1200
 
 
 class InfopruneError(Exception):
@@ -13,5 +16,8 @@ class InfopruneError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        # A value quoted from the user's input may hold line breaks.
-        super().__init__(_LINE_BREAKS.sub(" ", message))
+        # A value quoted from the user's input may hold anything, and be of any length.
+        line = _UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], _LINE_BREAKS.sub(" ", message))
+        if len(line) > _LONGEST:
+            line = f"{line[: _LONGEST // 2]} [...] {line[-_LONGEST // 2 + 7 :]}"
+        super().__init__(line)

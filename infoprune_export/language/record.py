@@ -43,7 +43,7 @@ def shape_language_like(layers: Sequence[LanguageLayer], record: Any) -> None:
             head_dim, neurons = entry["head_dim"], entry["neurons"]
         except (KeyError, TypeError):
             raise InfopruneError(f"config.json, language layer {number}: {entry} records no structure") from None
-        whole = all(isinstance(value, int) for value in (heads, groups, neurons)) and head_dim == layer.head_dim
+        whole = all(type(value) is int for value in (heads, groups, neurons)) and head_dim == layer.head_dim
         fits = whole and groups in range(1, layer.num_key_value_heads + 1) and not heads % groups
         if not fits or heads // groups not in range(1, layer.group_size + 1):
             raise InfopruneError(

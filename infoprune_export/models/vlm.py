@@ -120,9 +120,13 @@ def check_model(spec: ModelSpec) -> None:
         raise InfopruneError(f"{source}: no config.json; this is not a Hugging Face model folder")
     try:
         model_type = json.loads(config.read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, KeyError, TypeError):
+        if not isinstance(model_type, str):
+            raise TypeError
+    except OSError as error:
+        raise InfopruneError(f"{config}: cannot be read ({error.strerror}); make it readable") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InfopruneError(f"{config}: not a Hugging Face model configuration (no model_type)") from None
-    check_family(str(model_type))
+    check_family(model_type)
     if not any(source.glob("*.safetensors")):
         raise InfopruneError(f"{source}: no *.safetensors file; pickled weights are not read, convert them first")
 

@@ -225,15 +225,33 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 
 # What yaml's constructors let through on values such as 2020-13-45, and on nesting without end.
-_YAML_ERRORS = (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError, RecursionError)
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, ArithmeticError, AttributeError, TypeError, RecursionError)
 
 
 def _check_plain(value: Any, origin: str) -> None:
     """Refuse what YAML allows and JSON does not: aliases that contain themselves, bytes, dates."""
     try:
-        json.dumps(value, allow_nan=True)
+        _check_size(value)
+        json.dumps(value, allow_nan=True, ensure_ascii=False).encode("utf-8")
     except (ValueError, TypeError, RecursionError) as error:
         raise InfopruneError(f"{origin}: not a tree of plain values ({error}); quote the value") from None
+
+
+_MOST_VALUES = 100_000
+
+
+def _check_size(value: Any) -> None:
+    """Aliases of aliases make gigabytes of a few lines: count what they stand for before anything is built from it."""
+    waiting, seen = [value], 0
+    while waiting:
+        node = waiting.pop()
+        seen += 1
+        if seen + len(waiting) > _MOST_VALUES:
+            raise ValueError(f"more than {_MOST_VALUES} values")
+        if isinstance(node, dict):
+            waiting.extend(node.values())
+        elif isinstance(node, list):
+            waiting.extend(node)
 
 
 def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:

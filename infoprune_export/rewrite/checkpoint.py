@@ -56,12 +56,14 @@ def _ffn_record(shape: FfnShape) -> dict[str, Any]:
     return record | {"ranks": list(shape.ranks)} if shape.ranks else record
 
 
-def shape_like(tower: VisionTower, structure: list[dict[str, Any]]) -> None:
+def shape_like(tower: VisionTower, structure: list[dict[str, Any]] | None) -> None:
     """Give a full tower the recorded shapes, in place; which heads are kept does not matter before weights are read.
 
     Raises:
         InfopruneError: the record does not fit the tower.
     """
+    if not isinstance(structure, list):
+        raise InfopruneError(f"config.json records {structure!r:.60} where a list of pruned blocks should be")
     if len(structure) != len(tower.blocks):
         raise InfopruneError(f"config.json records {len(structure)} pruned blocks, the tower has {len(tower.blocks)}")
     for number, (block, record) in enumerate(zip(tower.blocks, structure, strict=True)):
@@ -70,7 +72,7 @@ def shape_like(tower: VisionTower, structure: list[dict[str, Any]]) -> None:
             kind, size, ranks = record["ffn"]["kind"], record["ffn"]["size"], record["ffn"].get("ranks", [])
         except (KeyError, TypeError, AttributeError):
             raise InfopruneError(f"config.json, block {number}: {record} records no structure") from None
-        if head_dim != block.head_dim or heads not in range(block.num_heads + 1):
+        if head_dim != block.head_dim or not _within(heads, range(block.num_heads + 1)):
             raise InfopruneError(f"config.json, block {number}: {heads} heads of {head_dim} do not fit the tower")
         if not _fits(block, kind, size, ranks):
             with_ranks = f" and ranks {ranks}" if ranks else ""
@@ -101,12 +103,17 @@ def _fits(block: Block, kind: Any, size: Any, ranks: Any) -> bool:
         "factored": range(1, width + 1),
         "bypass": range(1, width),
     }
-    if not isinstance(kind, str) or not isinstance(ranks, list) or size not in sizes.get(kind, ()):
+    if not isinstance(kind, str) or not isinstance(ranks, list) or not _within(size, sizes.get(kind, range(0))):
         return False
     most = min(block.ffn_out.out_features, size)
     counts = {"factored": (projections, range(1, most)), "bypass": (1, range(1, 2**31))}
     count, allowed = counts.get(kind, (0, range(0)))
-    return len(ranks) == count and all(rank in allowed for rank in ranks)
+    return len(ranks) == count and all(_within(rank, allowed) for rank in ranks)
+
+
+def _within(value: Any, allowed: range) -> bool:
+    """Whether it is a whole number of a range; for anything else, ``in`` would compare with each of them."""
+    return type(value) is int and value in allowed
 
 
 def save(model: PreTrainedModel, processor: ProcessorMixin, tower: VisionTower, folder: Path) -> None:
@@ -131,7 +138,7 @@ class InfopruneConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        blocks: list[dict[str, Any]],
+        blocks: list[dict[str, Any]] | None = None,
         quant_method: str = METHOD,
         schema_version: int = SCHEMA_VERSION,
         language: list[dict[str, int]] | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ LETTER = "Answer with the option's letter from the given choices directly."
 OPTIONS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 Scores = NDArray[np.float64]
+_ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def read_json(path: Path, what: str) -> Any:
         InfopruneError: missing, or no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InfopruneError(f"{path}: cannot be read ({error.strerror}); name {what}") from None
     except (ValueError, RecursionError):
@@ -169,9 +171,13 @@ def image_at(folder: Path, name: str, where: str) -> Path:
         InfopruneError: there is none, or the name leaves the folder.
     """
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        inside, there = path.resolve().is_relative_to(folder.resolve()), path.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, a character no name has, links that go round
+        raise InfopruneError(f"{where}: image {name!r:.60} cannot be a file's name; correct it") from None
+    if not inside:
         raise InfopruneError(f"{where}: image {name!r:.60} is outside of {folder}; name files inside of it")
-    if not path.is_file():
+    if not there:
         raise InfopruneError(f"{path}: no such image, which {where} asks about; set data.images to where it is")
     return path
 
@@ -208,6 +214,14 @@ def json_lines(path: Path, what: str) -> Iterator[tuple[str, Any]]:
 
 def _parsed(line: str, where: str, what: str) -> Any:
     try:
-        return json.loads(line)
+        return _loads(line)
     except (ValueError, RecursionError):
         raise InfopruneError(f"{where} is not valid JSON; name {what}") from None
+
+
+def _loads(text: str) -> Any:
+    """JSON whose texts can be written and hashed: an escaped half of a character is a ValueError, as UTF-8 has none."""
+    tree = json.loads(text)
+    if _ESCAPED_HALF.search(text):
+        json.dumps(tree, ensure_ascii=False).encode("utf-8")
+    return tree
