@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import runpy
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,40 @@ def _dataset(name: str, file: str) -> Callable[[Path], tuple[Sequence[bytes], Re
         return [path.read_bytes()], _file(path, read)
 
     return prepare
+
+
+def _hub(folder: Path) -> tuple[Sequence[bytes], Read]:
+    """Rows of any benchmark's release, as its parquet files hold them."""
+    from infoprune_export.data import hub
+    from infoprune_export.data.formats import FORMATS, format_of
+    from infoprune_export.recipe import DataSpec
+
+    rows_of = runpy.run_path(str(TESTS / "data" / "test_hub.py"))["rows_of"]
+    examples, picture = {}, b""
+    for name in FORMATS:
+        rows = [row for n in range(2) for row in rows_of(name, n)]
+        picture = next((row["image"]["bytes"] for row in rows if "image" in row), picture)
+        examples[name] = json.dumps({"format": name, "rows": [{**row, "image": "picture"} for row in rows]}).encode()
+    specs = {name: DataSpec(format=name, hub="x", calibration_images=1) for name in FORMATS}
+
+    def read(data: bytes) -> None:
+        try:
+            tree = json.loads(data)
+            spec, rows = specs[tree["format"]], tree["rows"]
+            rows = [{**row, "image": {"bytes": picture}} if row["image"] == "picture" else row for row in rows]
+            json.dumps(tree, ensure_ascii=False).encode()  # as parquet's texts are
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return  # no table
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            known = format_of(spec.format or "")
+            pairs = list(hub._pairs(rows, {}, known.hub.convert, spec))
+            samples = hub._enough(iter(pairs), spec, Path(scratch), lambda rows: None)
+            json.dumps(samples, ensure_ascii=False).encode()
+            if questions := [question for _, _, question in pairs]:
+                answers = [question.answers[0] for question in questions]
+                known.figures(questions, answers, known.score(questions, answers))
+
+    return list(examples.values()), read
 
 
 def _image(folder: Path) -> tuple[Sequence[bytes], Read]:
@@ -233,11 +268,13 @@ def _kit(mutated: str) -> Callable[[Path], tuple[Sequence[bytes], Read]]:
 
 
 def _run_report(folder: Path) -> tuple[Sequence[bytes], Read]:
-    from infoprune_export.validate.report_json import read
+    """A run's report.json, which ``compare`` reads."""
+    from infoprune_export.validate import report_json
 
-    inputs = runpy.run_path(str(Path(__file__).parent / "reports.py"))
+    made_up = runpy.run_path(str(TESTS / "validate" / "report_inputs.py"))
     path = folder / "report.json"
-    return [inputs["EXAMPLE"]], _file(path, lambda: read(path))
+    example = report_json.dumps(made_up["report_of"](made_up["page_inputs"]())).encode()
+    return [example], _file(path, lambda: report_json.read(path))
 
 
 def _checkpoint(folder: Path) -> tuple[Sequence[bytes], Read]:
@@ -344,6 +381,7 @@ READERS: dict[str, Reader] = {
     "manifest": Reader("json", 1, _manifest),
     "kit-report": Reader("json", 1, _kit("report")),
     "kit-manifest": Reader("json", 1, _kit("manifest")),
+    "run-report": Reader("json", 0.5, _run_report),
     "checkpoint": Reader("json", 0.05, _checkpoint),
     "model": Reader("json", 0.5, _model),
     "profile": Reader("json", 0.5, _profile),
@@ -361,4 +399,5 @@ READERS: dict[str, Reader] = {
     "scienceqa": Reader("json", 1, _dataset("scienceqa", "problems.json")),
     "scienceqa-splits": Reader("json", 0.5, _dataset("scienceqa", "pid_splits.json")),
     "vizwiz": Reader("json", 1, _dataset("vizwiz", "val.json")),
+    "hub": Reader("json", 1, _hub),
 }
