@@ -69,7 +69,15 @@ def writing(path: Path) -> Iterator[None]:
             raise InfopruneError(
                 f"{path}: not writable ({error.strerror}); choose another folder with --output"
             ) from error
+        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+            raise InfopruneError(
+                f"{path}: cannot be written ({error.strerror}); choose another disk with --output"
+            ) from error
         raise
+
+
+# A limit of the file system or the shell, a name too long, a disk that fails or went away.
+_OF_THE_DISK = (errno.EFBIG, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN)
 
 
 def _is_full(path: Path, error: Exception) -> bool:
@@ -115,14 +123,15 @@ def staged(folder: Path, *, keep: bool = False) -> Iterator[Path]:
     staging = folder.with_name(f".{folder.name}.partial")
     retired = folder.with_name(f".{folder.name}.retired")
     # A kill between the two renames below leaves the old folder under this name.
-    shutil.rmtree(retired, ignore_errors=True)
-    if not keep:
-        shutil.rmtree(staging, ignore_errors=True)
+    remove(retired)
+    # A link here would have the work written, and what is there removed, in another folder.
+    if not keep or staging.is_symlink() or staging.is_file():
+        remove(staging)
     make_folder(staging)
     try:
-        with writing(folder):
+        with writing(folder), _watching(folder, staging):
             yield staging
-            if folder.exists():
+            if os.path.lexists(folder):
                 # rename cannot replace a folder that has files in it
                 folder.rename(retired)
                 try:
@@ -130,13 +139,38 @@ def staged(folder: Path, *, keep: bool = False) -> Iterator[Path]:
                 except BaseException:
                     retired.rename(folder)
                     raise
-                shutil.rmtree(retired)
+                remove(retired)
             else:
                 staging.rename(folder)
     except BaseException:
         if not keep:
-            shutil.rmtree(staging, ignore_errors=True)
+            remove(staging)
         raise
+
+
+@contextlib.contextmanager
+def _watching(folder: Path, staging: Path) -> Iterator[None]:
+    """Turn the loss of the folder that is being written into one line: another program removed or moved it."""
+    try:
+        yield
+    except InfopruneError:
+        raise
+    except Exception as error:
+        if os.path.lexists(staging) or folder.exists():
+            raise
+        raise InfopruneError(
+            f"{folder}: what was being written here has vanished; leave {folder.parent} alone and run the same "
+            "command again"
+        ) from error
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, file or link, as far as that can be done; what a link points at stays."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -144,6 +178,8 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         with writing(path):
+            # Never through a link that was put here.
+            partial.unlink(missing_ok=True)
             partial.write_text(text, encoding="utf-8")
             os.replace(partial, path)
     finally:

@@ -21,3 +21,27 @@ class InfopruneError(Exception):
         if len(line) > _LONGEST:
             line = f"{line[: _LONGEST // 2]} [...] {line[-_LONGEST // 2 + 7 :]}"
         super().__init__(line)
+
+
+_NO_MEMORY = (
+    "can't allocate memory",  # PyTorch on a CPU
+    "not enough memory",
+    "out of memory",  # CUDA
+    "std::bad_alloc",
+    "bad allocation",
+    "Failed to allocate memory",  # ONNX Runtime
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the CPU or a GPU; libraries say so in words more often than by type."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, Exception) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def memory_advice(error: BaseException) -> str:
+    """What to do about it, in one clause."""
+    if "CUDA" in str(error):
+        return "use --device cpu, fewer data.calibration_images, or a GPU with more memory"
+    return "close other programs, use fewer data.calibration_images, or a machine with more memory"

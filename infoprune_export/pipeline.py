@@ -7,10 +7,11 @@ stage that was cut (gate training even at its epoch), and a damaged file is name
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ from infoprune_export.artifacts import (
     library_versions,
     make_folder,
     read_manifest,
+    remove,
     sha256_file,
     sha256_json,
     staged,
@@ -34,7 +36,7 @@ from infoprune_export.artifacts import (
     write_text,
     writing,
 )
-from infoprune_export.errors import InfopruneError
+from infoprune_export.errors import InfopruneError, is_out_of_memory, memory_advice
 from infoprune_export.recipe import ModelSpec, Recipe, Target, load_target
 
 if TYPE_CHECKING:
@@ -140,6 +142,9 @@ def execute(run: Run, stages: Mapping[str, Stage], last: str, *, force: bool = F
     make_folder(run.folder)
     check_writable(run.folder)
     lock = FileLock(run.folder / ".lock")
+    if (run.folder / ".lock").is_symlink():
+        # Locking truncates what it opens.
+        raise InfopruneError(f"{run.folder / '.lock'}: is a link to another file; remove it")
     try:
         with writing(run.folder):
             lock.acquire(timeout=0)
@@ -194,12 +199,28 @@ def _bring_up_to_date(run: Run, stage: Stage, *, force: bool) -> Path:
     with staged(folder, keep=stage.resumable) as staging:
         if stage.resumable:
             _forget_other_key(staging, key)
-        stage.make(run, staging)
+        with _naming(stage):
+            stage.make(run, staging)
         (staging / _KEY_FILE).unlink(missing_ok=True)
         write_manifest(staging, stage=stage.name, key=key, inputs=inputs, recipe=recipe)
     run.progress.remove_task(task)
     run.progress.console.print(f"{stage.name:<11} {stage.title} [dim]{time.monotonic() - started:.1f} s[/dim]")
     return folder
+
+
+@contextlib.contextmanager
+def _naming(stage: Stage) -> Iterator[None]:
+    """Say in which stage memory ran out, in one line; other errors pass."""
+    try:
+        yield
+    except InfopruneError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InfopruneError(
+            f"{stage.name}: out of memory; {memory_advice(error)}, and run the same command again to resume"
+        ) from error
 
 
 def _key(run: Run, stage: Stage) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -225,7 +246,7 @@ def _forget_other_key(staging: Path, key: str) -> None:
     marker = staging / _KEY_FILE
     if not marker.is_file() or marker.read_text(encoding="utf-8") != key:
         for path in staging.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
         write_text(marker, key)
 
 

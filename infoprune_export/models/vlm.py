@@ -25,6 +25,7 @@ from infoprune_export.data import testbed
 from infoprune_export.errors import InfopruneError
 from infoprune_export.models import check_family, tower_of
 from infoprune_export.models.precision import keep_fp32
+from infoprune_export.models.shards import check_shards
 from infoprune_export.models.tower import Layout, VisionTower
 from infoprune_export.recipe import ModelSpec
 
@@ -129,6 +130,7 @@ def check_model(spec: ModelSpec) -> None:
     check_family(model_type)
     if not any(source.glob("*.safetensors")):
         raise InfopruneError(f"{source}: no *.safetensors file; pickled weights are not read, convert them first")
+    check_shards(source)
 
 
 def load(spec: ModelSpec, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> VLM:
@@ -143,6 +145,8 @@ def load(spec: ModelSpec, device: str | torch.device = "cpu", dtype: torch.dtype
     from infoprune_export.models.processors import load_processor
 
     source = resolve(spec.name_or_path)
+    if isinstance(source, Path):
+        check_shards(source)
     common: dict[str, Any] = {
         "revision": spec.revision or "main",
         "trust_remote_code": spec.trust_remote_code,
