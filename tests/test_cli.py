@@ -26,8 +26,8 @@ from infoprune_export.data import testbed
 from infoprune_export.recipe import Recipe, assets
 
 ROOT = Path(__file__).parent.parent
-TAKES_RECIPE = "run train-gates compress-ffn rewrite export build validate bench first-token report".split()
-OTHERS = "recipes doctor parity real-size compare-tokens compare-structure front analyse kit lint compare".split()
+TAKES_RECIPE = "run train-gates compress-ffn rewrite export build validate attribute bench first-token report".split()
+OTHERS = "recipes doctor parity real-size compare-tokens compare-structure front analyse kit lint compare sweep".split()
 SMALL = "data.calibration_images=4 data.validation_questions=4 heads.epochs=1 ffn.method=none variants={}".split()
 
 

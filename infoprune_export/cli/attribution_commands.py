@@ -31,7 +31,7 @@ def attribute(blocks: bool, foreign: Path | None, file: Path | None, **options: 
     \b
     Example:
       infoprune-export attribute quickstart
-      infoprune-export attribute quickstart --onnx edited/model.onnx
+      infoprune-export attribute quickstart --set export.precision=fp16
     """
     folder = bring_up_to("attribution", **options)
     found = json.loads((folder / "attribution.json").read_text(encoding="utf-8"))

@@ -10,7 +10,8 @@ from PIL import Image
 
 from infoprune_export.errors import InfopruneError
 
-DEFAULT_NEW_TOKENS = 16
+DEFAULT_NEW_TOKENS = 1024
+"""Where a task names no limit, as lmms-eval's own models have it; answers end by themselves before."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,18 @@ class Generation:
             raise InfopruneError(f"task {task}: max_new_tokens = {new_tokens!r}; give a whole number from 1 on")
         if not all(isinstance(text, str) for text in until):
             raise InfopruneError(f"task {task}: until = {until!r:.60}; give texts")
-        sampling = bool(left.pop("do_sample", False)) and (left.get("temperature") or 0) > 0
+        asked, temperature = left.pop("do_sample", None), left.get("temperature")
+        # Without do_sample, a temperature asks for sampling; without a temperature, do_sample means 1.
+        sampling = (temperature or 0) > 0 if asked is None else bool(asked) and temperature != 0
         beams = left.pop("num_beams", 1)
         for name in ("temperature", "top_p", "top_k"):
             left.pop(name, None)
         if sampling:
-            raise InfopruneError(f"task {task}: do_sample = true; answers are greedy here, use false")
+            given = "temperature" if asked is None else "do_sample = true, temperature"
+            raise InfopruneError(
+                f"task {task}: {given} = {temperature}; answers are greedy here, set --gen_kwargs "
+                "do_sample=False,temperature=0"
+            )
         if beams not in (None, 1):
             raise InfopruneError(f"task {task}: num_beams = {beams!r}; answers are greedy here, use 1")
         if left.pop("image_aspect_ratio", "original") not in (None, "original"):

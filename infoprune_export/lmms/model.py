@@ -80,6 +80,8 @@ class InfopruneModel(lmms):
         """
         results = []
         for request in tqdm(requests, disable=self.rank != 0, desc="continuations"):
+            if len(request.args) != 6:
+                raise InfopruneError("acc_mutual_info asks without a question or an image; leave this metric out")
             question, target, doc_to_visual, doc_id, task, split = request.args
             images = self._images(doc_to_visual, doc_id, task, split)
             if len(images) > 1:

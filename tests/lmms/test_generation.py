@@ -24,6 +24,8 @@ def test_greedy_arguments_of_published_tasks_are_taken():
     ("arguments", "words"),
     [
         ({"do_sample": True, "temperature": 0.7}, "do_sample = true"),
+        ({"do_sample": True, "temperature": None}, "do_sample = true"),
+        ({"do_sample": None, "temperature": 0.2}, "temperature = 0.2"),
         ({"num_beams": 3}, "num_beams = 3"),
         ({"image_aspect_ratio": "pad"}, "image_aspect_ratio = 'pad'"),
         ({"repetition_penalty": 1.2}, "'repetition_penalty' is not known"),
