@@ -65,28 +65,35 @@ def writing(path: Path) -> Iterator[None]:
     except Exception as error:
         if _is_full(path, error):
             raise InfopruneError(f"{path}: the disk is full; free some space and run the same command again") from error
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if isinstance(error, OSError) and error.errno in _FORBIDDEN:
             raise InfopruneError(
                 f"{path}: not writable ({error.strerror}); choose another folder with --output"
             ) from error
-        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+        if isinstance(error, OSError) and (error.errno in _OF_THE_DISK or _is_short(error)):
             raise InfopruneError(
-                f"{path}: cannot be written ({error.strerror}); choose another disk with --output"
+                f"{path}: cannot be written ({error.strerror or error}); choose another disk with --output"
             ) from error
         raise
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 # A limit of the file system or the shell, a name too long, a disk that fails or went away.
 _OF_THE_DISK = (errno.EFBIG, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN)
 
 
+def _is_short(error: OSError) -> bool:
+    """Whether NumPy wrote a part of an array: a limit, of whatever kind, as it gives no errno."""
+    return error.errno is None and " requested and " in str(error)
+
+
 def _is_full(path: Path, error: Exception) -> bool:
     """Whether a failed write is the disk's fault; safetensors, NumPy and ONNX Runtime do not say so by errno."""
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+    if getattr(error, "errno", None) in _FULL or "No space left on device" in str(error):
         return True
     if isinstance(error, OSError) and "problem writing element" in str(error):
         return True
-    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    existing = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
     disk = shutil.disk_usage(existing)
     return disk.total > 0 and disk.free < 64 * 1024
 
@@ -104,13 +111,15 @@ def check_writable(folder: Path) -> None:
 
 def make_folder(path: Path) -> None:
     """``mkdir -p`` whose failure is the user's to mend: a file in the way, a read-only disk, a name too long."""
-    try:
-        with writing(path):
+    with writing(path):
+        try:
             path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InfopruneError(
-            f"{path}: no folder can be made here ({error.strerror}); choose another with --output"
-        ) from error
+        except OSError as error:
+            if error.errno in _FULL + _FORBIDDEN:
+                raise
+            raise InfopruneError(
+                f"{path}: no folder can be made here ({error.strerror}); choose another with --output"
+            ) from error
 
 
 @contextlib.contextmanager
@@ -179,11 +188,11 @@ def write_text(path: Path, text: str) -> None:
     try:
         with writing(path):
             # Never through a link that was put here.
-            partial.unlink(missing_ok=True)
+            remove(partial)
             partial.write_text(text, encoding="utf-8")
             os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        remove(partial)
 
 
 def write_manifest(folder: Path, *, stage: str, key: str, inputs: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:

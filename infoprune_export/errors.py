@@ -45,3 +45,8 @@ def memory_advice(error: BaseException) -> str:
     if "CUDA" in str(error):
         return "use --device cpu, fewer data.calibration_images, or a GPU with more memory"
     return "close other programs, use fewer data.calibration_images, or a machine with more memory"
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether Ctrl-C ended the work; pydantic's serialiser makes another error of it when it comes there."""
+    return isinstance(error, KeyboardInterrupt) or "KeyboardInterrupt" in str(error)

@@ -138,7 +138,7 @@ def execute(run: Run, stages: Mapping[str, Stage], last: str, *, force: bool = F
     Raises:
         InfopruneError: see the stages; also a damaged artefact, an unwritable folder, another run in the same folder.
     """
-    created = not run.folder.exists()
+    created = not os.path.lexists(run.folder)
     make_folder(run.folder)
     check_writable(run.folder)
     lock = FileLock(run.folder / ".lock")

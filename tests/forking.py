@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -72,11 +73,14 @@ class Forker:
         )
         return cls(process, scratch)
 
-    def start(self, arguments: Sequence[str]) -> Forked:
-        """The command line's `main` on these arguments, in a new process."""
+    def start(self, arguments: Sequence[str], limits: Mapping[str, int] | None = None) -> Forked:
+        """The command line's `main` on these arguments, in a new process.
+
+        `limits` are names of `resource`'s limits, and what the process may have beyond what it starts with.
+        """
         self.started += 1
         errors = self.scratch / f"stderr-{self.started}.txt"
-        pid = self.ask({"arguments": list(arguments), "stderr": str(errors)})
+        pid = self.ask({"arguments": list(arguments), "stderr": str(errors), "limits": dict(limits or {})})
         return Forked(self, pid, errors)
 
     def ask(self, request: Mapping[str, Any]) -> Any:
@@ -102,7 +106,7 @@ def serve(requests: IO[str], answers: IO[str]) -> None:
         importlib.import_module(module)
     for line in requests:
         request = json.loads(line)
-        result = poll(request["poll"]) if "poll" in request else fork(request["arguments"], request["stderr"])
+        result = poll(request["poll"]) if "poll" in request else fork(**request)
         answers.write(json.dumps(result) + "\n")
         answers.flush()
 
@@ -124,7 +128,7 @@ _MODULES = (
 )
 
 
-def fork(arguments: Sequence[str], stderr: str) -> int:
+def fork(arguments: Sequence[str], stderr: str, limits: Mapping[str, int]) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -135,6 +139,10 @@ def fork(arguments: Sequence[str], stderr: str) -> int:
         errors = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         for target, source in ((0, nothing), (1, nothing), (2, errors)):
             os.dup2(source, target)
+        for name, beyond in limits.items():
+            taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            limit = beyond + (taken if name == "RLIMIT_AS" else 0)
+            resource.setrlimit(getattr(resource, name), (limit, limit))
         from infoprune_export.cli import main
 
         main(list(arguments), prog_name="infoprune-export")

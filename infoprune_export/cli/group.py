@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from infoprune_export import __version__
-from infoprune_export.errors import InfopruneError, is_out_of_memory, memory_advice
+from infoprune_export.errors import InfopruneError, is_interrupt, is_out_of_memory, memory_advice
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -28,14 +28,14 @@ class _Group(click.Group):
         except InfopruneError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
-        except KeyboardInterrupt:
-            click.echo("interrupted; run the same command again to resume", err=True)
-            ctx.exit(130)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            click.echo(f"error: out of memory; {memory_advice(error)}", err=True)
-            ctx.exit(2)
+        except (KeyboardInterrupt, Exception) as error:
+            if is_interrupt(error):
+                click.echo("interrupted; run the same command again to resume", err=True)
+                ctx.exit(130)
+            if is_out_of_memory(error):
+                click.echo(f"error: out of memory; {memory_advice(error)}", err=True)
+                ctx.exit(2)
+            raise
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
