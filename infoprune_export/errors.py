@@ -29,6 +29,7 @@ _NO_MEMORY = (
     "out of memory",  # CUDA
     "std::bad_alloc",
     "bad allocation",
+    "could not create a primitive",  # oneDNN, which has no room for the code it generates
     "Failed to allocate memory",  # ONNX Runtime
 )
 

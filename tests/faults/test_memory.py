@@ -47,6 +47,7 @@ CUDA = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capac
         (RuntimeError("CUDA error: out of memory"), "use --device cpu"),
         (RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory for requested"), CPU),
         (RuntimeError("std::bad_alloc"), CPU),
+        (RuntimeError("could not create a primitive"), CPU),
     ],
 )
 def test_memory_that_runs_out_names_the_stage_and_a_way_on(tmp_path, error, advice):
