@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 from fractions import Fraction
@@ -797,3 +798,20 @@ def test_a_joint_budget_takes_the_criterion_that_knows_damages():
         load_recipe("quickstart", ["budget.by=flops", "heads.method=michel"])
     with pytest.raises(InfopruneError, match=r"ffn\.method obs knows, not random"):
         load_recipe("quickstart", ["budget.by=latency", "ffn.method=random"])
+
+
+# ── Numbers ──────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1E-05", "+1.e-5", "0.00001", "1.0e-5"])
+def test_numbers_are_those_of_json(text):
+    assert load_recipe("quickstart", [f"validate.onnx_tolerance={text}"]).validate_.onnx_tolerance == 1e-5
+
+
+def test_a_runs_own_recipe_is_a_recipe(tmp_path):
+    """As it is written into the run's folder, with numbers as JSON writes them."""
+    recipe = load_recipe("quickstart", ["validate.onnx_tolerance=0.00001"])
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe.to_dict()))
+    assert "1e-05" in path.read_text()
+    assert load_recipe(path) == recipe

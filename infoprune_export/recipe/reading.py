@@ -38,7 +38,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = (), grid: Sequence[
         if not separator or not key:
             raise InfopruneError(f"--set {override!r}: expected KEY=VALUE, for example --set heads.remove=0.25")
         try:
-            value = yaml.safe_load(text)
+            value = _load(text)
         except _YAML_ERRORS:
             raise InfopruneError(f"--set {override!r:.80}: the value is not valid YAML; quote it") from None
         _check_plain(value, f"--set {key}")
@@ -156,7 +156,7 @@ def _axis(text: str) -> tuple[str, Any]:
     if not separator or not key or not values.strip():
         raise InfopruneError(f"--grid {text!r:.80}: expected KEY=VALUE,VALUE, such as --grid heads.remove=0.25,0.5")
     try:
-        listed = yaml.safe_load(f"[{values}]")
+        listed = _load(f"[{values}]")
     except _YAML_ERRORS:
         raise InfopruneError(f"--grid {text!r:.80}: the values are not valid YAML; quote them") from None
     _check_plain(listed, f"--grid {key}")
@@ -211,7 +211,7 @@ def find_asset(kind: Literal["recipes", "targets"], name: str | Path) -> Path:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _load(path.read_text(encoding="utf-8"))
     except _YAML_ERRORS as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where is not None else ""
@@ -222,6 +222,19 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise InfopruneError(f"{path}: expected a mapping of keys to values, found {type(tree).__name__}")
     _check_plain(tree, str(path))
     return tree
+
+
+class _Loader(yaml.SafeLoader):
+    """1e-5 is a number, as in JSON and YAML 1.2; YAML 1.1 wants a point in it and reads a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _load(text: str) -> Any:
+    return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
 
 
 # What yaml's constructors let through on values such as 2020-13-45, and on nesting without end.
