@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,10 @@ def whole(command, tmp_path_factory) -> Path:
     return folder
 
 
+def blocks_of(files: Iterable[Path]) -> int:
+    return sum(-(path.stat().st_size // -4096) * 4096 for path in files if path.is_file())
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_full_disk_in_every_stage(command, whole, tmp_path, stage):
@@ -144,22 +149,28 @@ def test_a_full_disk_in_every_stage(command, whole, tmp_path, stage):
     disk = tmp_path / "disk"
     disk.mkdir()
     size = sum(path.stat().st_size + 8192 for path in whole.rglob("*")) * 2
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size},nr_inodes=4096", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("this user may not mount a file system")
     try:
         folder = shutil.copytree(whole, disk / "run")
         shutil.rmtree(folder / stage)
-        free = shutil.disk_usage(disk).free
-        (disk / "ballast").write_bytes(bytes(free - 3 * 4096))
+        # The recipe is written again before any stage.
+        room = blocks_of([folder / "recipe.json"])
+        (disk / "ballast").mkdir()
+        (disk / "ballast" / "blocks").write_bytes(bytes(shutil.disk_usage(disk).free - room))
+        if blocks_of((whole / stage).rglob("*")) <= room:
+            # It would fit where the recipe did: leave no more than one name, which its folder takes.
+            for number in range(os.statvfs(disk).f_ffree - 1):
+                (disk / "ballast" / f"{number}").touch()
         code, stderr = command.run("validate", folder)
         assert code == 2, stderr
         line = one_line(stderr)
         assert "the disk is full" in line
-        assert str(folder) in line
+        assert any(f"{folder}/{name}" in line for name in (stage, f".{stage}.partial")), line
         assert not (folder / stage).exists()
         only_whole_stages(folder)
-        (disk / "ballast").unlink()
+        shutil.rmtree(disk / "ballast")
         code, stderr = command.run("validate", folder)
         assert code in (0, 1), stderr
         assert content(folder / stage).keys() == content(whole / stage).keys()
