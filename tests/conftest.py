@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_configure() -> None:
+    """Give each of several test processes, and what it starts, a core of its own.
+
+    The thread pools of PyTorch and ONNX Runtime spin while they wait; on the same cores they would wait for each other.
+    """
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _operators_are_parsed_once() -> Iterator[None]:
+    """`torch.onnx.export` parses the source of its 500 operators for every file, which is most of a small file's time.
+
+    A release that finds them elsewhere is slower, and no less tested.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            from torch.onnx._internal._lazy_import import onnxscript_apis
+
+            patch.setattr(onnxscript_apis, "get_torchlib_ops", functools.cache(onnxscript_apis.get_torchlib_ops))
+        except (ImportError, AttributeError):
+            pass
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from rich.progress import Progress
+from sharing import once, shared, top
 from torch import nn
 
 from infoprune_export.models.vlm import load
@@ -33,15 +34,32 @@ def small(folder: Path) -> list[str]:
 
 def two_blocks(folder: Path) -> Path:
     """The testbed model with its first vision block, which has windows, and its last; the export takes the time."""
-    if (made := folder / "two-blocks").exists():
-        return made
+    once(made := folder / "two-blocks", _two_blocks)
+    return made
+
+
+def _two_blocks(folder: Path) -> None:
     vlm = load(ModelSpec(name_or_path="testbed/tiny-qwen2.5-vl"))
     visual, config = vlm.model.model.visual, vlm.model.config.vision_config
     visual.blocks = nn.ModuleList([visual.blocks[0], visual.blocks[-1]])
     config.depth, config.fullatt_block_indexes = 2, [1]
-    vlm.model.save_pretrained(made)
-    vlm.processor.save_pretrained(made)
-    return made
+    vlm.model.save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
+
+
+def small_llava(folder: Path) -> None:
+    """The shipped LLaVA with three of its vision blocks, of which it uses two, and a quarter of their neurons."""
+    neurons, vlm = 128, load(ModelSpec(name_or_path="testbed/tiny-llava"))
+    layers = vlm.model.model.vision_tower.encoder.layers
+    vlm.model.model.vision_tower.encoder.layers = nn.ModuleList(list(layers[:3]))
+    for layer in layers[:3]:
+        layer.mlp.fc1.weight = nn.Parameter(layer.mlp.fc1.weight[:neurons].clone())
+        layer.mlp.fc1.bias = nn.Parameter(layer.mlp.fc1.bias[:neurons].clone())
+        layer.mlp.fc2.weight = nn.Parameter(layer.mlp.fc2.weight[:, :neurons].clone())
+    vlm.model.config.vision_config.num_hidden_layers = 3
+    vlm.model.config.vision_config.intermediate_size = neurons
+    vlm.model.save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
 
 
 def execute_quickstart(folder: Path, last: str, *settings: str, donor: Path | None = None) -> Run:
@@ -54,7 +72,5 @@ def execute_quickstart(folder: Path, last: str, *settings: str, donor: Path | No
 
 def finished(factory: pytest.TempPathFactory) -> Path:
     """A run with Stage 2, K found, up to its validation; made when a test of the session first asks."""
-    folder = factory.getbasetemp() / "finished"
-    if not (folder / "validation" / "manifest.json").is_file():
-        execute_quickstart(folder, "validation", *small(factory.getbasetemp()), *STAGE_2)
-    return folder
+    settings = (*small(top(factory)), *STAGE_2)
+    return shared(factory, "finished", lambda folder: execute_quickstart(folder, "validation", *settings))

@@ -6,6 +6,7 @@ import shutil
 import pytest
 from click.testing import CliRunner
 from finished import STAGE_2, finished, small
+from sharing import top
 
 from infoprune_export.artifacts import sha256_file
 from infoprune_export.cli import main
@@ -14,7 +15,7 @@ from infoprune_export.cli import main
 @pytest.mark.slow
 def test_a_run_becomes_a_kit_whose_manifest_the_run_remembers(tmp_path_factory, tmp_path):
     run, kit = shutil.copytree(finished(tmp_path_factory), tmp_path / "run"), tmp_path / "kit"
-    settings = [*small(tmp_path_factory.getbasetemp()), *STAGE_2, "engine.image_sizes=[[56,56],[112,84],[112,140]]"]
+    settings = [*small(top(tmp_path_factory)), *STAGE_2, "engine.image_sizes=[[56,56],[112,84],[112,140]]"]
     pairs = [part for setting in settings for part in ("--set", setting)]
     command = ["kit", "quickstart-qwen", "--target", "jetson-orin-jp62", "--run", str(run), *pairs]
     done = CliRunner().invoke(main, [*command, "-o", str(kit)])

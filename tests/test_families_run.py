@@ -45,7 +45,11 @@ def test_a_run_on_images_of_mixed_sizes_ends_with_pass(folder):
 
 
 @pytest.mark.parametrize(
-    ("setting", "error", "cosine"), [("export.precision=fp16", 3e-2, 0.9995), ("export.quantization=int8", 0.5, 0.99)]
+    ("setting", "error", "cosine"),
+    [
+        pytest.param("export.precision=fp16", 3e-2, 0.9995, marks=pytest.mark.exhaustive),
+        ("export.quantization=int8", 0.5, 0.99),
+    ],
 )
 def test_lower_precisions_pass_within_their_own_limits(folder, setting, error, cosine):
     """What exporting changes is a step of its own, in front of what rounding does; and nothing is broken."""
@@ -70,6 +74,7 @@ def test_lower_precisions_pass_within_their_own_limits(folder, setting, error, c
     assert max(p["relative_error"] for p in engine) > 1e-5, "it is lower precision that ran"
 
 
+@pytest.mark.exhaustive
 def test_several_images_per_call_without_selection(folder):
     validation = run(folder, "tokens.method=none")
     assert validation["verdict"] == "PASS"

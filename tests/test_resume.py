@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from finished import small_llava
 from forking import Forked, Forker
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-
-from infoprune_export.data import testbed
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +52,7 @@ KILLS = (
 
 @dataclass(frozen=True)
 class Command:
-    """`infoprune-export` on a copy of the testbed model, which nobody else writes to."""
+    """`infoprune-export` on a part of the testbed model, which nobody else writes to."""
 
     model: Path
     forker: Forker
@@ -114,7 +113,7 @@ def second_forker(tmp_path_factory) -> Iterator[Forker]:
 @pytest.fixture(scope="module")
 def command(tmp_path_factory, second_forker) -> Command:
     model = tmp_path_factory.mktemp("model") / "tiny-llava"
-    shutil.copytree(testbed.checkpoint("testbed/tiny-llava"), model)
+    small_llava(model)
     return Command(model, second_forker)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,9 +67,13 @@ class Block:
 
     # ── Running ──
 
-    def run(self, stream: Tensor, context: Context) -> Tensor:
-        """The residual stream behind this block; [B, S, D], or packed [P, D] with segments in `context`."""
-        return self.feed(self.attend(stream, context))
+    def run(self, stream: Tensor, context: Context, between: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The residual stream behind this block; [B, S, D], or packed [P, D] with segments in `context`.
+
+        `between` sees the stream behind attention, and what it returns is what the FFN is given.
+        """
+        middle = self.attend(stream, context)
+        return self.feed(middle if between is None else between(middle))
 
     def attend(self, stream: Tensor, context: Context) -> Tensor:
         """The stream behind attention."""

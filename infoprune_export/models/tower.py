@@ -14,6 +14,7 @@ Three steps lead from images to visual tokens:
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -140,8 +141,9 @@ class VisionTower(ABC):
         before_last, taps = stream, {}
         for number, block in enumerate(self.blocks):
             before_last = stream
-            middle = mark(block.attend(stream, context), behind_attention(number))
-            stream = mark(block.feed(middle), behind_block(number))
+            # As one call, which `training.recompute` replaces.
+            stream = block.run(stream, context, functools.partial(mark, name=behind_attention(number)))
+            stream = mark(stream, behind_block(number))
             if number in self.tapped or number in observed:
                 taps[number] = stream
         return Activations(before_last, stream, taps)

@@ -41,14 +41,14 @@ def test_parts_sum_to_the_flops_of_the_whole_pruned_or_not(family):
 
 
 def test_latency_of_parts_is_positive_and_never_falls_with_size():
-    tower = tower_of(build("qwen2.5-vl", blocks=2))
+    tower = tower_of(build("qwen2.5-vl", blocks=1))
     meter = milliseconds(load_target("onnxruntime-cpu"), threads=1, opset=20)
-    table = measure(tower, one_image(tower), meter, "ms", round_to=8)
+    table = measure(tower, one_image(tower), meter, "ms", round_to=32)
     assert table.rest > 0
     for costs in (*table.attention, *(costs for _, costs in table.ffn)):
         assert costs[0] > 0
         assert list(costs) == sorted(costs)
-    assert all(width % 8 == 0 or width == widths[-1] for widths, _ in table.ffn for width in widths)
+    assert all(width % 32 == 0 or width == widths[-1] for widths, _ in table.ffn for width in widths)
 
 
 def test_costs_between_measured_widths_are_interpolated():

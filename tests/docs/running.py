@@ -17,6 +17,7 @@ from pathlib import Path
 import click
 from blocks import ROOT, Command
 from click.testing import CliRunner, Result
+from finished import small_llava, two_blocks
 
 from infoprune_export.cli import main
 from infoprune_export.errors import InfopruneError
@@ -53,15 +54,12 @@ ALLOWED_EXITS = {"doctor": {0, 1}}
 """Besides 0: what is wrong with this machine's installation is no fault of the page."""
 
 
-_NEURONS = 128
-
-
 # ── The place ────────────────────────────────────────────────────────────────
 
 
 def furnish(place: Path) -> None:
     """The files that pages name: models, photographs, a VQAv2 set."""
-    _small_llava(place / "models" / "llava")
+    small_llava(place / "models" / "llava")
     _small_qwen(place / "models" / "qwen")
     _vqa(place / "vqa")
     for folder in ("photos", "IMAGES"):
@@ -73,29 +71,7 @@ def furnish(place: Path) -> None:
     (place / "engines").symlink_to(ROOT / "engines")
 
 
-def _small_llava(folder: Path) -> None:
-    """The shipped LLaVA with three of its vision blocks, of which it uses two, and a quarter of their neurons."""
-    from torch import nn
-
-    from infoprune_export.models.vlm import load
-    from infoprune_export.recipe import ModelSpec
-
-    vlm = load(ModelSpec(name_or_path="testbed/tiny-llava"))
-    layers = vlm.model.model.vision_tower.encoder.layers
-    vlm.model.model.vision_tower.encoder.layers = nn.ModuleList(list(layers[:3]))
-    for layer in layers[:3]:
-        layer.mlp.fc1.weight = nn.Parameter(layer.mlp.fc1.weight[:_NEURONS].clone())
-        layer.mlp.fc1.bias = nn.Parameter(layer.mlp.fc1.bias[:_NEURONS].clone())
-        layer.mlp.fc2.weight = nn.Parameter(layer.mlp.fc2.weight[:, :_NEURONS].clone())
-    vlm.model.config.vision_config.num_hidden_layers = 3
-    vlm.model.config.vision_config.intermediate_size = _NEURONS
-    vlm.model.save_pretrained(folder)
-    vlm.processor.save_pretrained(folder)
-
-
 def _small_qwen(folder: Path) -> None:
-    from finished import two_blocks
-
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = two_blocks(folder.parent)
     made.rename(folder)

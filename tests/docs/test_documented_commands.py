@@ -23,7 +23,7 @@ LONG = ("parity", "compare-structure", "compare-tokens", "first-token", "front",
 """Commands with tests of their own (as ``optimum-cli`` has), which the default suite leaves out of pages."""
 ALWAYS = {
     "docs/tutorials/first-steps.md": (*LONG, "validate"),
-    "README.md": (*LONG, "run", "kit", "optimum-cli", "compare"),
+    "README.md": (*LONG, "run", "kit", "optimum-cli", "compare", "bench"),
 }
 """Pages whose commands run in the default suite, and those that do not: one whole run serves both."""
 

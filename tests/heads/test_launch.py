@@ -133,6 +133,8 @@ def test_the_first_to_die_is_the_one_that_is_named(tmp_path, monkeypatch):
         f"spoken = Path({str(spoken)!r})\n"
         "if os.environ['RANK'] == '0':\n"
         "    while not spoken.exists(): time.sleep(0.01)\n"
+        # as late as a real peer at least, and later than any file system's clock is coarse
+        "    time.sleep(0.2)\n"
         "    sys.exit('peer is gone')\n"
         "print('first line\\n\\nMemoryError: 7 GB', file=sys.stderr, flush=True)\nspoken.touch()\nsys.exit(1)"
     )

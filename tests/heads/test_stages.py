@@ -117,6 +117,7 @@ def test_a_refit_starts_from_folded_gates(pruned, trained_vlm):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_several_processes_are_one_switch_and_give_the_gates_of_one(pruned):
     # 5 and 3 images a step, so that shares differ in size; blocks take turns
     settings = {"batch_size": 5, "spectral_blocks": 3, "epochs": 2}

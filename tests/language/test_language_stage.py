@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 from finished import execute_quickstart, finished, small
 from rich.progress import Progress
+from sharing import top
 
 from infoprune_export.cli import main
 from infoprune_export.language.plan import LanguagePlan
@@ -84,7 +85,7 @@ def test_without_it_nothing_is_measured_and_there_is_no_step(tmp_path):
 
 def test_engines_are_answered_by_the_pruned_language_model(tmp_path, tmp_path_factory):
     """Of a finished run with the same encoder, so that nothing is exported anew."""
-    settings = (*small(tmp_path_factory.getbasetemp()), "language.method=random", "language.keep_macs=0.25")
+    settings = (*small(top(tmp_path_factory)), "language.method=random", "language.keep_macs=0.25")
     other = finished(tmp_path_factory)
     done = execute_quickstart(tmp_path / "run", "accuracy", *settings, donor=other)
     done.finished |= {stage: other / stage for stage in ("onnx", "engine")}

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from finished import execute_quickstart, finished, small
 from rich.progress import Progress
 from safetensors.torch import load_file
+from sharing import top
 
 from infoprune_export.cli import main
 from infoprune_export.errors import InfopruneError
@@ -44,7 +45,7 @@ def written(folder: Path) -> dict[str, int]:
 def done(tmp_path_factory) -> Run:
     """A run with recovery; what is upstream of it, and the engine, come from a run without."""
     other, folder = finished(tmp_path_factory), tmp_path_factory.mktemp("recovery") / "run"
-    settings = (*small(tmp_path_factory.getbasetemp()), *RECOVERY)
+    settings = (*small(top(tmp_path_factory)), *RECOVERY)
     run = execute_quickstart(folder, "accuracy", *settings, donor=other)
     run.finished |= {stage: other / stage for stage in ("onnx", "engine")}
     return run
@@ -129,7 +130,7 @@ def test_another_recovery_leaves_upstream_alone(done, tmp_path, tmp_path_factory
     folder = tmp_path / "run"
     shutil.copytree(done.folder, folder)
     before, first = written(folder), load_file(folder / "recovery" / "weights.safetensors")
-    settings = (*small(tmp_path_factory.getbasetemp()), *RECOVERY)
+    settings = (*small(top(tmp_path_factory)), *RECOVERY)
     execute_quickstart(folder, "checkpoint", *settings, "recovery.checkpoint_steps=1")
     assert written(folder) == before, "how often state is written changes nothing"
     execute_quickstart(folder, "checkpoint", *settings, "recovery.learning_rate=0.001")
@@ -139,7 +140,7 @@ def test_another_recovery_leaves_upstream_alone(done, tmp_path, tmp_path_factory
 
 
 def test_a_killed_stage_resumes_with_the_same_bytes(done, tmp_path, tmp_path_factory, monkeypatch):
-    settings, steps = (*small(tmp_path_factory.getbasetemp()), *RECOVERY), []
+    settings, steps = (*small(top(tmp_path_factory)), *RECOVERY), []
     folder, real = tmp_path / "run", distill.store
 
     def kill(*arguments: object) -> None:
@@ -179,7 +180,7 @@ def test_the_language_model_is_compressed_behind_the_recovered_tower(done, tmp_p
         return real(original, vlm, *arguments, **named)
 
     monkeypatch.setattr(compress, "compress_language", watch)
-    settings = (*small(tmp_path_factory.getbasetemp()), *RECOVERY, "language.method=random")
+    settings = (*small(top(tmp_path_factory)), *RECOVERY, "language.method=random")
     run = execute_quickstart(tmp_path / "run", "accuracy", *settings, donor=done.folder)
     trained = load_file(done.folder / "recovery" / "weights.safetensors")
     assert all(torch.equal(seen[0][name], trained[name]) for name in trained)
@@ -193,7 +194,7 @@ def test_the_language_model_is_compressed_behind_the_recovered_tower(done, tmp_p
 
 def test_photographs_without_labels(done, tmp_path, tmp_path_factory):
     shutil.copytree(done.folder / "data" / "images", tmp_path / "photos")
-    settings = (*small(tmp_path_factory.getbasetemp()), *RECOVERY, f"data.images={tmp_path}/photos")
+    settings = (*small(top(tmp_path_factory)), *RECOVERY, f"data.images={tmp_path}/photos")
     run = execute_quickstart(tmp_path / "run", "recovery", *settings, "heads.method=magnitude")
     assert not run.split.labelled
     assert len(read(run.folder / "recovery" / "history.json")) == 2
@@ -228,7 +229,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, settings
 
 
 def test_budgets_that_take_nothing_are_refused_by_the_stage(tmp_path, tmp_path_factory):
-    settings = (*small(tmp_path_factory.getbasetemp()), *RECOVERY, "heads.method=magnitude", "heads.remove=0.0")
+    settings = (*small(top(tmp_path_factory)), *RECOVERY, "heads.method=magnitude", "heads.remove=0.0")
     run = Run(load_recipe("quickstart-qwen", settings), tmp_path / "run", Progress(disable=True))
     with pytest.raises(InfopruneError, match="nothing was taken from this tower"):
         execute(run, STAGES, "recovery")

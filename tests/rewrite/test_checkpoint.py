@@ -234,6 +234,15 @@ PARTS = [
 ]
 
 
+# The record and the loader are one for all families, and the names in a block are these two's or alike.
+DAMAGED = pytest.mark.parametrize(
+    "pruned",
+    [pytest.param(name, marks=() if name in ("llava", "qwen2.5-vl") else pytest.mark.exhaustive) for name in FAMILIES],
+    indirect=True,
+    scope="module",
+)
+
+
 def copy_with(saved, folder, change):
     """The checkpoint with its tensors changed in place by `change`."""
     tensors = load_file(saved / "model.safetensors")
@@ -248,6 +257,7 @@ def tail(name):
     return ".".join(name.split(".")[-3:])
 
 
+@DAMAGED
 @pytest.mark.parametrize(("block", "role"), PARTS)
 @pytest.mark.parametrize("which", [0, -1], ids=["first", "last"])
 def test_missing_tensor_raises_and_is_named(pruned, saved, tmp_path, block, role, which):
@@ -257,6 +267,7 @@ def test_missing_tensor_raises_and_is_named(pruned, saved, tmp_path, block, role
         load(folder)
 
 
+@DAMAGED
 @pytest.mark.parametrize(("block", "role"), PARTS)
 def test_wrongly_shaped_tensor_raises_and_is_named(pruned, saved, tmp_path, block, role):
     name = names_of(pruned, saved, block, role)[-1]

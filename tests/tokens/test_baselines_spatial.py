@@ -62,7 +62,7 @@ def test_random_is_not_moved_by_rounding():
 @drawn(st.integers(1, 60), st.fractions(Fraction(1, 60), 1, max_denominator=60))
 def test_stride_takes_the_middles_of_equal_runs(count: int, keep: Fraction):
     budget = math.ceil(count * keep)
-    middles = [math.floor((i + 0.5) * Fraction(count, budget)) for i in range(budget)]
+    middles = [math.floor(Fraction(2 * i + 1, 2) * Fraction(count, budget)) for i in range(budget)]
     tokens = torch.randn(1, count, 3, generator=seeded())
     selection = select(given(tokens), spec("stride", keep))
     assert kept(selection) == middles

@@ -337,7 +337,9 @@ def precision_rows(subject):
     return compare_parts("precision", *pair, cases(subject, tokens), Limits.of("fp16", 1e-2), tower, tokens)
 
 
-@pytest.mark.parametrize(("family", "block"), [("llava", 1), ("qwen2.5-vl", 2)])
+@pytest.mark.parametrize(
+    ("family", "block"), [("llava", 1), pytest.param("qwen2.5-vl", 2, marks=pytest.mark.exhaustive)]
+)
 def test_fp16_that_overflows_is_found_with_its_nodes_and_mended_by_the_option_it_names(made, family, block, tmp_path):
     model, part = overflowing(family, block), f"blocks.{block}.ffn"
     subject = narrow(made(family), model, tmp_path)

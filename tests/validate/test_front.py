@@ -16,7 +16,7 @@ QUIET = lambda title, total: lambda count: None  # noqa: E731
 SMALL = (
     "data.calibration_images=8",
     "data.validation_questions=28",
-    "ffn.round_to=32",
+    "ffn.round_to=128",
     "recovery.method=distill",
     "recovery.epochs=1",
     "bench.rounds=3",
@@ -40,7 +40,7 @@ def test_a_point_is_what_was_asked_for(result):
     assert row["predicted"] >= 2.0
     assert sum(row["heads"]) < 40
     assert sum(row["widths"]) < 5 * 512
-    assert all(width % 32 == 0 for width in row["widths"])
+    assert all(width % 128 == 0 for width in row["widths"])
     assert 0 < row["speed_up"]["low"] <= row["speed_up"]["median"] <= row["speed_up"]["high"]
 
 

@@ -16,6 +16,7 @@ from filelock import FileLock
 from finished import STAGE_2, finished, small
 from rich.console import Console
 from rich.progress import Progress
+from sharing import top
 
 from infoprune_export.cli import main
 from infoprune_export.errors import InfopruneError
@@ -43,7 +44,7 @@ def swept(tmp_path_factory) -> Swept:
     run = finished(tmp_path_factory)
     folder = tmp_path_factory.mktemp("sweep")
     shutil.copytree(run, folder / NAMES[0])
-    recipe = load_recipe("quickstart-qwen", [*small(tmp_path_factory.getbasetemp()), *STAGE_2, "variants={}"], GRID)
+    recipe = load_recipe("quickstart-qwen", [*small(top(tmp_path_factory)), *STAGE_2, "variants={}"], GRID)
     return Swept(recipe, folder, study(recipe, folder, Progress(disable=True), workers=2))
 
 
@@ -98,9 +99,9 @@ def test_it_is_written_beside_the_runs_and_read_back_the_same(swept):
     assert "cannot be exported" in text
 
 
-def test_the_command_resumes_makes_nothing_again_and_ends_with_1(swept, tmp_path):
+def test_the_command_resumes_makes_nothing_again_and_ends_with_1(swept, tmp_path, tmp_path_factory):
     before = {path: path.stat().st_mtime_ns for path in swept.folder.glob("*/*/manifest.json")}
-    settings = [word for pair in ("variants={}", *small(tmp_path.parent.parent), *STAGE_2) for word in ("--set", pair)]
+    settings = [word for pair in ("variants={}", *small(top(tmp_path_factory)), *STAGE_2) for word in ("--set", pair)]
     model = f"model.name_or_path={swept.recipe.model.name_or_path}"
     axes = [word for axis in GRID for word in ("--grid", axis)]
     files = ["--plot", str(tmp_path / "front.svg"), "--json", str(tmp_path / "sweep.json")]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sharing import shared
 from torch import Tensor
 
 from infoprune_export.export.onnx import MODEL, export_onnx
@@ -58,16 +59,15 @@ def feed_of(planned: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 def exported(factory: pytest.TempPathFactory, family: str, selecting: bool, precision: str, several: bool) -> Path:
     """The file, made when a test of the session first asks for it."""
-    folder = factory.getbasetemp() / "-".join((family, "select" if selecting else "all", precision, str(several)))
-    if (folder / MODEL).is_file():
-        return folder / MODEL
-    if precision == "int8":
-        source = exported(factory, family, selecting, "fp32", several)
-        folder.mkdir()
-        feeds = [feed_of(planned) for planned in calls_of(family, selecting, several)]
-        quantize_int8(source.parent, folder, feeds, scheme="tensorrt", max_noise=1.0)
-    else:
-        folder.mkdir()
-        tokens = SELECT if selecting else None
-        export_onnx(tower(family, precision), tokens, folder, opset=20, several=several)
-    return folder / MODEL
+
+    def make(folder: Path) -> None:
+        if precision == "int8":
+            source = exported(factory, family, selecting, "fp32", several)
+            feeds = [feed_of(planned) for planned in calls_of(family, selecting, several)]
+            quantize_int8(source.parent, folder, feeds, scheme="tensorrt", max_noise=1.0)
+        else:
+            tokens = SELECT if selecting else None
+            export_onnx(tower(family, precision), tokens, folder, opset=20, several=several)
+
+    name = "-".join((family, "select" if selecting else "all", precision, str(several)))
+    return shared(factory, name, make) / MODEL

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from sharing import shared
 
 from infoprune_export.engine.tensorrt.kit import KitSource
 from infoprune_export.export.onnx import MODEL, export_onnx
@@ -29,15 +30,15 @@ SETTINGS = {
 
 def exported(family, factory):
     """A small random encoder with selection and its ONNX file, made when a test of the session first asks."""
-    folder = factory.getbasetemp() / f"kit-{family}"
     recipe = load_recipe("quickstart", SETTINGS[family])
     model = random_model(family.removesuffix("-fp16"), 3, seed=4)
     vlm = VLM(model, SimpleNamespace(), tower_of(model))
-    if not (folder / MODEL).is_file():
-        folder.mkdir()
+
+    def make(folder):
         tower = cast(vlm, recipe.export.dtype).tower
         export_onnx(tower, recipe.tokens, folder, opset=20, several=recipe.export.several)
-    return KitSource(recipe, vlm, folder / MODEL, ORIN)
+
+    return KitSource(recipe, vlm, shared(factory, f"kit-{family}", make) / MODEL, ORIN)
 
 
 def driver(factory):
