@@ -158,6 +158,7 @@ def test_first_token_compares_the_ends_of_a_run(built, place):
     assert "answers of the original" not in result.stdout, "what was there was used"
 
 
+@pytest.mark.exhaustive
 def test_first_token_without_stage_2_builds_no_more_than_it_needs(built, place):
     """A run without a decoder section, whose decoder stage was never made."""
     folder, own = built

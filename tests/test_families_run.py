@@ -81,6 +81,7 @@ def test_several_images_per_call_without_selection(folder):
     assert validation["size"]["visual_tokens"]["compressed"] == validation["size"]["visual_tokens"]["original"]
 
 
+@pytest.mark.exhaustive
 def test_several_images_per_call_with_selection(folder):
     """Images of one call differ in size; their selections are judged, and used, one by one."""
     validation = run(folder, "export.images=several")

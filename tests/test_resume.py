@@ -204,6 +204,7 @@ def moved(reference, tmp_path) -> Path:
     return shutil.copytree(reference, tmp_path / "moved")
 
 
+@pytest.mark.exhaustive
 def test_another_keep_ratio_makes_only_what_depends_on_it(command, moved):
     before = identities(moved)
     code, stderr = command.run("validate", moved, "tokens.keep_ratio=2/9")

@@ -221,7 +221,7 @@ def photographs(tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["quickstart", "quickstart-qwen"])
+@pytest.mark.parametrize("name", ["quickstart", pytest.param("quickstart-qwen", marks=pytest.mark.exhaustive)])
 def test_images_without_labels_are_analysed(name, photographs, tmp_path):
     recipe = small(name, f"data.images={photographs}", 'data.prompts=["What color is the circle?", "Is it red?"]')
     result = analyse(recipe, tmp_path / "out", WHAT, 64, quiet)

@@ -354,6 +354,7 @@ def test_fp16_that_overflows_is_found_with_its_nodes_and_mended_by_the_option_it
     assert {name for name in names[0] if "Cast" not in name} <= names[1]
 
 
+@pytest.mark.exhaustive
 def test_a_stream_that_overflows_is_kept_in_fp32_as_a_whole(made, tmp_path):
     model = vlm(build("llava"))
     with torch.no_grad():

@@ -188,6 +188,7 @@ def test_the_table_has_a_line_for_every_row():
 on_linux = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 
 
+@pytest.mark.exhaustive
 @on_linux
 def test_memory_is_what_an_answer_needs_on_top_of_the_model():
     """The model's own size is not in it, nor does what loading freed hide anything."""

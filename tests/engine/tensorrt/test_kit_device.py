@@ -50,7 +50,7 @@ def failed(done, kit, *named):
 # ── The way it should go ─────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("family", ["llava-fp16", "qwen2.5-vl"])
+@pytest.mark.parametrize("family", ["llava-fp16", pytest.param("qwen2.5-vl", marks=pytest.mark.exhaustive)])
 def test_a_device_builds_and_verifies_every_family(family, device, tmp_path_factory, tmp_path):
     manifest = make_kit(exported(family, tmp_path_factory), tmp_path / "kit")
     names = {case["name"] for case in manifest["cases"]}
