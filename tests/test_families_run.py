@@ -33,6 +33,7 @@ def run(folder, *settings, command="validate"):
     return json.loads((folder / "validation" / "validation.json").read_text())
 
 
+@pytest.mark.exhaustive
 def test_a_run_on_images_of_mixed_sizes_ends_with_pass(folder):
     validation = run(folder, command="run")
     assert validation["verdict"] == "PASS"

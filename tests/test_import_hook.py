@@ -80,6 +80,7 @@ def stand_in(tmp_path_factory):
 # ── Order of imports ─────────────────────────────────────────────────────────
 
 
+@pytest.mark.exhaustive
 def test_read_when_we_are_imported_first(checkpoint):
     assert (
         output_of(python(f"import infoprune_export; assert 'transformers' not in sys.modules{LOAD}", checkpoint))

@@ -40,6 +40,7 @@ def test_parts_sum_to_the_flops_of_the_whole_pruned_or_not(family):
     assert predicted == pytest.approx(counted(tower, inputs), rel=1e-9)
 
 
+@pytest.mark.exhaustive
 def test_latency_of_parts_is_positive_and_never_falls_with_size():
     tower = tower_of(build("qwen2.5-vl", blocks=1))
     meter = milliseconds(load_target("onnxruntime-cpu"), threads=1, opset=20)

@@ -1,6 +1,6 @@
 """Every command of README and docs: what can run here is run, the rest is parsed and says why it is not run.
 
-A block that cannot run has an HTML comment above it, ``<!-- not run: REASON -->``. The pages in `ALWAYS` run in the
+A block that cannot run has an HTML comment above it, ``<!-- not run: REASON -->``. The page in `ALWAYS` runs in the
 default suite but for the commands named there; all others run with ``--exhaustive``; parsed are all of them, always.
 """
 
@@ -21,11 +21,8 @@ from infoprune_export.recipe import Recipe
 
 LONG = ("parity", "compare-structure", "compare-tokens", "first-token", "front", "sweep", "analyse")
 """Commands with tests of their own (as ``optimum-cli`` has), which the default suite leaves out of pages."""
-ALWAYS = {
-    "docs/tutorials/first-steps.md": (*LONG, "validate"),
-    "README.md": (*LONG, "run", "kit", "optimum-cli", "compare", "bench"),
-}
-"""Pages whose commands run in the default suite, and those that do not: one whole run serves both."""
+ALWAYS = {"docs/tutorials/first-steps.md": (*LONG, "validate")}
+"""The page of a newcomer's path, which runs in the default suite, and the commands there that do not."""
 
 PAGES = blocks.pages()
 OURS = ("infoprune-export", "optimum-cli")

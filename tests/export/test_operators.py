@@ -329,6 +329,7 @@ def test_only_the_bodies_that_a_graph_uses_are_attached():
     onnx.checker.check_model(model, full_check=True)
 
 
+@pytest.mark.exhaustive
 def test_bodies_have_the_same_bytes_in_every_process():
     code = (
         "from infoprune_export.export.operator import function_bodies; import sys\n"

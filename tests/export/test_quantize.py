@@ -162,6 +162,9 @@ quantize_int8(Path(sys.argv[1]), Path(sys.argv[2]), feeds, threads=1)
 """
 
 
+@pytest.mark.parametrize(
+    "source", ["llava", pytest.param("qwen2.5-vl", marks=pytest.mark.exhaustive)], indirect=True, scope="module"
+)
 def test_same_bytes_in_every_process(source, tmp_path):
     folder, data = source
     for number, feed in enumerate(data(range(2))):

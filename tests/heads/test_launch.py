@@ -53,6 +53,7 @@ def train_here(recipe: Recipe, drawn: Path, scratch: Path, seen: list[Progress])
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_interrupted_leave_state_that_one_continues_to_the_same_gates(drawn, tmp_path):
     """Workers die with their parent's interrupt. Budgeted gates of two processes: see test_stages."""
     recipe = recipe_of(method="hard_concrete", epochs=2, batch_size=9)

@@ -358,6 +358,7 @@ assert "infoprune_export" not in sys.modules
     assert result.stdout.split() == ["refused"] * len(FAMILIES)
 
 
+@DAMAGED
 @pytest.mark.parametrize(
     ("change", "match"),
     [

@@ -182,7 +182,10 @@ def test_peers_are_the_ones_that_recipes_and_the_command_know():
 
 @pytest.mark.parametrize(
     ("family", "tokens", "names"),
-    [("llava", {"prior": "cls"}, ["eager"]), ("qwen3-vl", {"method": "none"}, ["eager", "compile"])],
+    [
+        ("llava", {"prior": "cls"}, ["eager"]),
+        pytest.param("qwen3-vl", {"method": "none"}, ["eager", "compile"], marks=pytest.mark.exhaustive),
+    ],
 )
 def test_pytorch_compiled_or_not_computes_what_it_is_compared_with(monkeypatch, family, tokens, names):
     """Through torch.compile's own tracing, without the minute its code generator takes on a CPU."""

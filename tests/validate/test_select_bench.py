@@ -126,6 +126,7 @@ def test_the_table_shows_figures_and_reasons(monkeypatch: pytest.MonkeyPatch):
 # ── The process ──────────────────────────────────────────────────────────────
 
 
+@pytest.mark.exhaustive
 def test_sizes_are_measured_in_one_process_of_one_thread(monkeypatch: pytest.MonkeyPatch):
     """The environment of this process is as it was, and progress is told."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")

@@ -374,6 +374,7 @@ def test_the_peer_is_given_what_its_modules_are_called_with(exporters, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_peers_graphs_stand_in_for_the_models_modules(exporters):
     model = random_model("llava")
     cases = cases_of(tower_of(model), model)[:3]
