@@ -505,6 +505,13 @@ def test_a_damaged_record_of_a_run_is_refused(tmp_path, content, named):
     assert message.splitlines() == [message]
 
 
+def test_half_a_character_in_a_recorded_recipe_is_refused(tmp_path):
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps({**load_recipe("quickstart").to_dict(), "description": "\udc80"}))
+    with pytest.raises(InfopruneError, match="not a tree of plain values .*surrogates"):
+        read_recipe(path)
+
+
 def test_a_folder_without_a_recipe_is_no_run(tmp_path):
     for path in (tmp_path / "recipe.json", tmp_path):
         with pytest.raises(InfopruneError, match="name the folder of a run"):

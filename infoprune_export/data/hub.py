@@ -112,7 +112,7 @@ def _pairs(
         try:
             key, question = convert(row, spec)
             image = shared[key] if shared else row["image"]
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             raise InfopruneError(
                 f"{where} is not in the form of {spec.format} ({type(error).__name__}: {str(error)[:80]}); name the "
                 "format it is in"

@@ -97,6 +97,9 @@ def open_image(image: ImageSource) -> Image.Image:
         raise InfopruneError(f"{image}: not an image that Pillow can read; remove or convert it") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InfopruneError(f"{image}: damaged image ({error}); remove or replace it") from None
+    except MemoryError:
+        # Most often a damaged length: a real one of this size is a decompression bomb to Pillow.
+        raise InfopruneError(f"{image}: says that it is larger than memory; remove or replace it") from None
 
 
 def image_files(folder: Path) -> list[Path]:

@@ -65,6 +65,8 @@ def read_recipe(path: Path) -> Recipe:
         raise InfopruneError(f"{path}: cannot be read ({error.strerror}); name the folder of a run") from None
     except (ValueError, RecursionError):
         raise InfopruneError(f"{path}: not valid JSON; run the recipe again") from None
+    # JSON can spell half a character.
+    _check_plain(tree, str(path))
     recipe: Recipe = _check(Recipe, tree, path)
     return recipe
 

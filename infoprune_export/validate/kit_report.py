@@ -277,19 +277,20 @@ def _case_problems(case: CaseReport, manifest: KitManifest) -> list[str]:
 
 def render(report: KitReport) -> list[Table]:
     """Figures of every case, and latencies with the clocks they were measured at."""
+    from rich.markup import escape
     from rich.table import Table
 
     cases = Table("case", "largest error", "cosine", "norm ratio", "rows", "kept tokens")
     for case in report.cases:
         if case.outputs is None:
-            cases.add_row(case.case, case.outside or "another shape", "", "", "", "")
+            cases.add_row(escape(case.case), escape(case.outside) or "another shape", "", "", "", "")
             continue
         features, kept = case.outputs.image_features, case.outputs.kept_indices
         chosen = (
             "" if kept is None else "equal" if kept.equal else f"{kept.overlap:.1%}, worst {kept.suboptimality:.2g}"
         )
         cases.add_row(
-            case.case,
+            escape(case.case),
             _shown(features.max_error, ".2e"),
             _shown(features.cosine, ".7f"),
             _shown(features.norm_ratio, ".4f"),
@@ -301,13 +302,13 @@ def render(report: KitReport) -> list[Table]:
         device = row.device_ms
         clocks = ", ".join(f"{name} {value}" for name, value in sorted(row.clocks.busy.items()))
         times.add_row(
-            row.case,
+            escape(row.case),
             f"{device.p50:.3f}",
             f"{device.p90:.3f}",
             f"{device.p99:.3f}",
             f"{row.host_ms.p50:.3f}",
             "yes" if row.flags.cuda_graph else "no",
-            clocks or "not reported",
+            escape(clocks) or "not reported",
         )
     return [cases, times]
 

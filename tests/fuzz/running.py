@@ -255,6 +255,7 @@ def write_regression(crash: Crash, folder: Path) -> Path:
     # A second death would be this process's.
     data = crash.data if crash.what == "process died" else minimised(crash)
     name = re.sub(r"[^A-Za-z0-9]+", "-", crash.what).strip("-")[:80]
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{crash.reader}-{name}.json"
     tree = {
         "reader": crash.reader,
