@@ -26,6 +26,7 @@ docs: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,dev]"
+	$(BIN)/python -m compileall -q infoprune_export # tests start many processes, some of them forbidden to write bytecode
 	touch $@
 
 # For the tests marked tensorrt: three releases of TensorRT's Python bindings, which cannot live in one environment, the
