@@ -34,7 +34,7 @@ class Ratio(TypedDict):
     confidence: float
     """What the interval covers: 0.95, or less where there were too few observations."""
     observations: int
-    """Pairs of rounds, or single rounds where there are fewer than twelve."""
+    """Blocks of four rounds; every two where there are fewer than 24, single ones where there are fewer than twelve."""
     effective: float
     """Independent observations that these are worth; fewer where what disturbs one disturbs the next."""
 

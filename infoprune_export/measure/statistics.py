@@ -28,8 +28,10 @@ Floats = NDArray[np.float64]
 
 CONFIDENCE = 0.95
 _PERCENTILES = (50, 90, 99)
-_FEWEST_PAIRS = 6
-"""With fewer, no two order statistics enclose a median with 95%: 1 - 2^(1-n)."""
+BLOCK = 4
+"""Rounds over which `latency` gives every alternative the same places."""
+_FEWEST = 6
+"""With fewer observations, no two order statistics enclose a median with 95%: 1 - 2^(1-n)."""
 _LARGEST_CORRELATION = 0.99
 
 
@@ -106,9 +108,10 @@ def effective_count(below: NDArray[np.bool_]) -> float:
 def paired_ratio(slow: Floats, fast: Floats) -> Ratio:
     """Median of the ratios slow / fast of times [rounds] taken in the same rounds, with its 95% interval.
 
-    Two rounds in opposite order count as one observation, the geometric mean of their ratios, so that neither drift
-    nor whoever comes first is taken for a difference; with fewer than twelve rounds every round is one. Where there are
-    too few observations, the interval is their whole range and `confidence` says what it covers.
+    The four rounds of a block count as one observation, the geometric mean of their ratios, so that neither drift nor
+    whoever comes first or follows itself is taken for a difference. With fewer than 24 rounds every two are one, with
+    fewer than twelve every round is. Where there are too few observations, the interval is their whole range and
+    `confidence` says what it covers.
 
     Raises:
         ValueError: not equally many rounds, or none.
@@ -116,8 +119,8 @@ def paired_ratio(slow: Floats, fast: Floats) -> Ratio:
     if len(slow) != len(fast) or not len(slow):
         raise ValueError(f"{len(slow)} rounds against {len(fast)}")
     logs = np.log(slow) - np.log(fast)
-    if len(logs) >= 2 * _FEWEST_PAIRS:
-        logs = logs[: len(logs) // 2 * 2].reshape(-1, 2).mean(1)
+    together = next((rounds for rounds in (BLOCK, 2) if len(logs) >= rounds * _FEWEST), 1)
+    logs = logs[: len(logs) // together * together].reshape(-1, together).mean(1)
     middle = float(np.median(logs))
     worth, interval = effective_count(logs <= middle), quantile_interval(logs, 0.5)
     low, high, confidence = interval["low"], interval["high"], CONFIDENCE
