@@ -22,6 +22,22 @@ from typing import IO, Any
 
 ROOT = Path(__file__).parent.parent
 
+STAGES = (
+    "data baseline decoder gates budget heads ffn recovery language checkpoint accuracy onnx engine validation".split()
+)
+SMALL = (
+    "data.calibration_images=16",
+    "data.validation_questions=24",
+    "heads.method=budgeted",
+    "heads.epochs=3",
+    "recovery.method=distill",
+    "recovery.epochs=2",
+    "bench.rounds=3",
+    "bench.warmup=0",
+    "variants={}",
+)
+"""A run of every stage that trains, in seconds."""
+
 
 class Forked:
     """One running command, the leader of a process group of its own."""

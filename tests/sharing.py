@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def once(folder: Path, make: Callable[[Path], object]) -> None:
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             scratch = folder.with_name(f"{folder.name}.partial")
+            shutil.rmtree(scratch, ignore_errors=True)  # of a maker that failed
             scratch.mkdir()
             make(scratch)
             scratch.rename(folder)

@@ -12,26 +12,12 @@ from pathlib import Path
 
 import pytest
 from finished import small_llava
-from forking import Forked, Forker
+from forking import SMALL, STAGES, Forked, Forker
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 pytestmark = pytest.mark.slow
 
-STAGES = (
-    "data baseline decoder gates budget heads ffn recovery language checkpoint accuracy onnx engine validation".split()
-)
-SMALL = (
-    "data.calibration_images=16",
-    "data.validation_questions=24",
-    "heads.method=budgeted",
-    "heads.epochs=3",
-    "recovery.method=distill",
-    "recovery.epochs=2",
-    "bench.rounds=3",
-    "bench.warmup=0",
-    "variants={}",
-)
 EPOCH_STATE = ".gates.partial/training.safetensors"
 # What to wait for before each kill. The longer stages are cut when there is something in their folder.
 KILLS = (

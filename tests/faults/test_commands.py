@@ -12,27 +12,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
-from forking import Forked, Forker
+from forking import SMALL, STAGES, Forked, Forker
 
 from infoprune_export.artifacts import MANIFEST, read_manifest, verify
 from infoprune_export.data import testbed
 
 pytestmark = pytest.mark.slow
-
-SMALL = (
-    "data.calibration_images=16",
-    "data.validation_questions=24",
-    "heads.method=budgeted",
-    "heads.epochs=3",
-    "recovery.method=distill",
-    "recovery.epochs=2",
-    "bench.rounds=3",
-    "bench.warmup=0",
-    "variants={}",
-)
-STAGES = (
-    "data baseline decoder gates budget heads ffn recovery language checkpoint accuracy onnx engine validation".split()
-)
 
 
 class Command:
