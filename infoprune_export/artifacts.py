@@ -129,13 +129,8 @@ def staged(folder: Path, *, keep: bool = False) -> Iterator[Path]:
     With ``keep`` the sibling survives an error or a kill and is handed out again next time, so that long work can
     resume from what it left there; otherwise it starts empty and an error removes it.
     """
-    staging = folder.with_name(f".{folder.name}.partial")
-    retired = folder.with_name(f".{folder.name}.retired")
-    # A kill between the two renames below leaves the old folder under this name.
-    remove(retired)
-    # A link here would have the work written, and what is there removed, in another folder.
-    if not keep or staging.is_symlink() or staging.is_file():
-        remove(staging)
+    staging, retired = _beside(folder)
+    clear_leftovers(folder, keep=keep)
     make_folder(staging)
     try:
         with writing(folder), _watching(folder, staging):
@@ -155,6 +150,21 @@ def staged(folder: Path, *, keep: bool = False) -> Iterator[Path]:
         if not keep:
             remove(staging)
         raise
+
+
+def clear_leftovers(folder: Path, *, keep: bool = False) -> None:
+    """Remove what a killed `staged` of this folder left beside it; with ``keep`` all but work that can go on."""
+    staging, retired = _beside(folder)
+    # A kill between the two renames leaves the old folder under this name.
+    remove(retired)
+    # A link here would have the work written, and what is there removed, in another folder.
+    if not keep or staging.is_symlink() or staging.is_file():
+        remove(staging)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    """Where a folder is made, and where the one it replaces waits for its removal."""
+    return folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.retired")
 
 
 @contextlib.contextmanager

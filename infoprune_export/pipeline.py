@@ -23,6 +23,7 @@ from infoprune_export.artifacts import (
     MANIFEST,
     canonical_json,
     check_writable,
+    clear_leftovers,
     fingerprint,
     library_versions,
     make_folder,
@@ -189,6 +190,8 @@ def _bring_up_to_date(run: Run, stage: Stage, *, force: bool) -> Path:
         )
     if manifest is not None and manifest["key"] == key and not force:
         verify(folder, manifest)
+        # A kill while other settings were tried, since taken back.
+        clear_leftovers(folder, keep=stage.resumable)
         run.progress.console.print(f"[dim]{stage.name:<11} up to date[/dim]")
         return folder
     if not force and any(_take_from_donor(donor / stage.name, folder, key) for donor in run.donors):

@@ -2,9 +2,15 @@
 
 A *round* calls every alternative once. Rounds come in blocks of four: a random order, its reverse twice, and that order
 again. Over a block nobody is first more often, and of two alternatives each follows itself once, when it finds its
-weights in the caches and is some percent faster; and no order repeats itself in step with something periodic. Rounds go
-on in batches until the intervals of the ratios are narrow, or a limit is reached; batches grow by half, because each
-look at an interval is another chance to stop on a lucky one.
+weights in the caches and is some percent faster; and no order repeats itself in step with something periodic.
+
+What is timed may be opened anew for every block, because where its memory comes to lie is luck that lasts as long as it
+is open: of two sessions of one ONNX graph on a CPU, the one opened first is 0.7 to 2% slower. Every second block is the
+mirror of the one before: opened in the reverse order, and called in reverse orders. Of two rounds at the same place of
+such blocks, each favours whom the other puts at a disadvantage.
+
+Rounds go on in batches until the intervals of the ratios are narrow, or a limit is reached; batches grow by half,
+because each look at an interval is another chance to stop on a lucky one.
 """
 
 from __future__ import annotations
@@ -12,9 +18,9 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +30,16 @@ from infoprune_export.measure.statistics import BLOCK, paired_ratio, relative_wi
 
 Floats = NDArray[np.float64]
 Calls = Mapping[str, Callable[[], object]]
+Opener = Callable[[Sequence[str]], Calls]
+"""Opens what is timed in the order of the names, once what it opened before is closed, and returns calls that are warm.
+It may leave open what costs too much to open; its order then says nothing."""
 Clock = Callable[[Callable[[], object]], float]
 """Runs a call to its end and says how many milliseconds it took."""
+
+
+def kept_open(calls: Calls) -> Opener:
+    """Of calls that are ready and stay so."""
+    return lambda order: calls
 
 
 def wall_clock(call: Callable[[], object]) -> float:
@@ -61,7 +75,7 @@ def interleaved(
 ) -> dict[str, Floats]:
     """Milliseconds of every call in every round, [rounds] each."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for index, taken in islice(_rounds(calls, warmup, clock), warmup + rounds):
+    for index, taken in islice(_rounds(list(calls), kept_open(calls), warmup, clock), warmup + rounds):
         if index >= 0:
             for name, value in taken.items():
                 times[name].append(value)
@@ -96,30 +110,28 @@ class Timing:
 
 
 def until_narrow(
-    calls: Calls,
+    names: Sequence[str],
     reference: str,
+    open_calls: Opener,
     limits: Limits,
     *,
     on_round: Callable[[int], None] = lambda index: None,
     clock: Clock = wall_clock,
 ) -> Timing:
-    """Rounds until the ratio of `reference` to every other alternative is known to `limits.max_interval`.
+    """Rounds until the ratio of `reference` to every other of `names` is known to `limits.max_interval`.
 
     ``stopped`` says whether it is, and which limit was reached if not.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in names}
 
     def narrow() -> bool:
         first = np.array(times[reference])
-        return all(
-            relative_width(paired_ratio(first, np.array(values))) <= limits.max_interval
-            for name, values in times.items()
-            if name != reference
-        )
+        others = (np.array(values) for name, values in times.items() if name != reference)
+        return all(relative_width(paired_ratio(first, other)) <= limits.max_interval for other in others)
 
     look, began = limits.rounds, time.monotonic()
     stopped: Stopped = "rounds"
-    for index, taken in _rounds(calls, limits.warmup, clock):
+    for index, taken in _rounds(names, open_calls, limits.warmup, clock):
         if index >= 0:
             for name, value in taken.items():
                 times[name].append(value)
@@ -137,26 +149,37 @@ def until_narrow(
         if late or done >= limits.max_rounds:
             stopped = "time" if late else "rounds"
             break
-        look = min(limits.max_rounds, math.ceil(done * 1.5 / BLOCK) * BLOCK)
+        look = min(limits.max_rounds, math.ceil(done * 1.5 / (2 * BLOCK)) * 2 * BLOCK)
     return Timing({name: np.array(values) for name, values in times.items()}, stopped)
 
 
-def _rounds(calls: Calls, warmup: int, clock: Clock) -> Iterator[tuple[int, dict[str, float]]]:
-    """Rounds without end, from ``-warmup`` on; what Python's garbage collector would do meanwhile waits."""
+def _rounds(
+    names: Sequence[str], open_calls: Opener, warmup: int, clock: Clock
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Rounds without end, from ``-warmup`` on."""
     rng = np.random.default_rng(0)
-    order = list(calls)
-    index = -warmup
-    while True:
-        if index % BLOCK == 0:
-            order = rng.permutation(list(calls)).tolist()
-        elif index % 2:
-            order = order[::-1]
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            taken = {name: clock(calls[name]) for name in order}
-        finally:
-            if collecting:
-                gc.enable()
-        yield index, taken
-        index += 1
+    opening: list[str] = []
+    order: list[str] = []
+    calls: Calls = {}
+    for block in count():
+        if block % 2:
+            opening, order = opening[::-1], order[::-1]
+        else:
+            opening, order = rng.permutation(names).tolist(), rng.permutation(names).tolist()
+        # Nothing here may keep open what is to be closed.
+        calls = {}
+        calls = open_calls(opening)
+        first = block * BLOCK
+        for index in range(first if block else -warmup, first + BLOCK):
+            yield index, _round(calls, order if index % BLOCK in (0, BLOCK - 1) else order[::-1], clock)
+
+
+def _round(calls: Calls, order: Sequence[str], clock: Clock) -> dict[str, float]:
+    """Milliseconds of every call; what Python's garbage collector would do meanwhile waits."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return {name: clock(calls[name]) for name in order}
+    finally:
+        if collecting:
+            gc.enable()

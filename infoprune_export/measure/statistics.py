@@ -29,7 +29,7 @@ Floats = NDArray[np.float64]
 CONFIDENCE = 0.95
 _PERCENTILES = (50, 90, 99)
 BLOCK = 4
-"""Rounds over which `latency` gives every alternative the same places."""
+"""Rounds over which `latency` gives every alternative the same places. Every second block mirrors the one before."""
 _FEWEST = 6
 """With fewer observations, no two order statistics enclose a median with 95%: 1 - 2^(1-n)."""
 _LARGEST_CORRELATION = 0.99
@@ -108,10 +108,11 @@ def effective_count(below: NDArray[np.bool_]) -> float:
 def paired_ratio(slow: Floats, fast: Floats) -> Ratio:
     """Median of the ratios slow / fast of times [rounds] taken in the same rounds, with its 95% interval.
 
-    The four rounds of a block count as one observation, the geometric mean of their ratios, so that neither drift nor
-    whoever comes first or follows itself is taken for a difference. With fewer than 24 rounds every two are one, with
-    fewer than twelve every round is. Where there are too few observations, the interval is their whole range and
-    `confidence` says what it covers.
+    Two rounds at the same place of a block and of its mirror make one observation, the geometric mean of their ratios,
+    so that neither whoever is opened first, nor whoever is called first or follows itself, is taken for a difference.
+    Fewer than 48 rounds hold too few openings to tell how their luck varies: then the four rounds of a block make one
+    observation, with fewer than 24 every two rounds, with fewer than twelve every round. Where there are too few
+    observations, the interval is their whole range and `confidence` says what it covers.
 
     Raises:
         ValueError: not equally many rounds, or none.
@@ -119,8 +120,7 @@ def paired_ratio(slow: Floats, fast: Floats) -> Ratio:
     if len(slow) != len(fast) or not len(slow):
         raise ValueError(f"{len(slow)} rounds against {len(fast)}")
     logs = np.log(slow) - np.log(fast)
-    together = next((rounds for rounds in (BLOCK, 2) if len(logs) >= rounds * _FEWEST), 1)
-    logs = logs[: len(logs) // together * together].reshape(-1, together).mean(1)
+    logs = _observations(logs)
     middle = float(np.median(logs))
     worth, interval = effective_count(logs <= middle), quantile_interval(logs, 0.5)
     low, high, confidence = interval["low"], interval["high"], CONFIDENCE
@@ -134,6 +134,15 @@ def paired_ratio(slow: Floats, fast: Floats) -> Ratio:
         "observations": len(logs),
         "effective": worth,
     }
+
+
+def _observations(logs: Floats) -> Floats:
+    """See `paired_ratio`; what is left over of the last one is not used."""
+    if len(logs) >= 2 * BLOCK * _FEWEST:
+        blocks = logs[: len(logs) // (2 * BLOCK) * 2 * BLOCK].reshape(-1, 2, BLOCK)
+        return np.asarray(blocks.mean(1).reshape(-1))
+    together = next((rounds for rounds in (BLOCK, 2) if len(logs) >= rounds * _FEWEST), 1)
+    return np.asarray(logs[: len(logs) // together * together].reshape(-1, together).mean(1))
 
 
 def relative_width(ratio: Ratio) -> float:

@@ -1,6 +1,7 @@
 """How much faster the compressed encoder is, how much of that the FLOPs promised, and what else could run it.
 
-Everything that is compared takes turns in one interleaved run per batch size (`measure.latency`).
+Everything that is compared takes turns in one interleaved run per batch size (`measure.latency`). On a CPU our sessions
+are opened anew for every block of rounds; peers, some of which take a minute to prepare, stay as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from infoprune_export.artifacts import library_versions
 from infoprune_export.engine.onnxruntime import feed_of
 from infoprune_export.measure.flops import count_flops
-from infoprune_export.measure.latency import Calls, Timing, interleaved, until_narrow
+from infoprune_export.measure.latency import Opener, Timing, interleaved, until_narrow
 from infoprune_export.measure.machine import machine
 from infoprune_export.measure.results import BenchResult, BenchRow, Parity, PeerRow, SelfResult, SelfRow
 from infoprune_export.measure.statistics import paired_ratio, percentiles, relative_width
@@ -24,7 +25,7 @@ from infoprune_export.models.tower import Planned
 from infoprune_export.recipe import BenchSpec
 from infoprune_export.validate.bench_case import SIDES, BenchCase, Load, Side, check, reference_features
 from infoprune_export.validate.bench_memory import Prepare, memory_of
-from infoprune_export.validate.bench_running import Running, clock_of, rounds_of, session_running
+from infoprune_export.validate.bench_running import Graph, Running, Sessions, clock_of, rounds_of
 from infoprune_export.validate.peers import Contender, contenders, title_of
 
 Track = Callable[[str, int], Callable[[int], None]]
@@ -64,15 +65,16 @@ def bench(prepare: Prepare, arguments: tuple[Any, ...], track: Track, case: Benc
     threads = torch.get_num_threads()
     torch.set_num_threads(spec.threads)
     try:
-        sessions = {side: case.open(side) for side in SIDES}
+        sessions = Sessions({side: _graph(case, side) for side in SIDES})
+        sessions.open(SIDES)
         advance = track("peers prepared", len(spec.against)) if spec.against else lambda amount: None
         peers = contenders(case, spec.against, advance)
         rows = [_row(case, sessions, peers, case.load(size), track) for size in spec.batch_sizes]
     finally:
         torch.set_num_threads(threads)
-    provider = sessions["original"].get_providers()[0]
+    provider = sessions.provider
     if spec.memory:
-        del sessions
+        sessions.close()
         for row in rows:
             timed = [peer for peer in row["peers"] if peer["reason"] is None]
             sides = [(None, side) for side in SIDES] + [(peer["peer"], peer["side"]) for peer in timed]
@@ -94,24 +96,19 @@ def bench(prepare: Prepare, arguments: tuple[Any, ...], track: Track, case: Benc
     }
 
 
-def _row(
-    case: BenchCase, sessions: Mapping[Side, Any], peers: Sequence[Contender], load: Load, track: Track
-) -> BenchRow:
-    running = {side: session_running(sessions[side], load.calls[side], case.device) for side in SIDES}
-    # Made once, and only if something is compared with it.
-    reference = cache(partial(reference_features, case, load))
-    parity: dict[str, Parity] = {}
-    others: dict[str, tuple[Running, Parity, float]] = {}
-    if peers:
-        for side in SIDES:
-            running[side].call()
-            parity[side] = check(case, side, load, running[side], case.limits[side], reference)
-        for peer in peers:
-            started = peer.on(load, lambda one, ran: check(case, one.side, load, ran, one.limits, reference))
-            if started is not None:
-                others[peer.title] = started
-    calls = {name: one.call for name, one in running.items()} | {name: one[0].call for name, one in others.items()}
-    timing = _timed(case, calls, "original", f"bench rounds, batch {load.batch_size}", track)
+def _graph(case: BenchCase, side: Side) -> Graph:
+    return Graph(partial(case.open, side), case.device)
+
+
+def _row(case: BenchCase, sessions: Sessions, peers: Sequence[Contender], load: Load, track: Track) -> BenchRow:
+    parity, others = _checked(case, sessions, peers, load)
+    timing = _timed(
+        case,
+        [*SIDES, *others],
+        sessions.opener(load.calls, {name: one[0].call for name, one in others.items()}),
+        f"bench rounds, batch {load.batch_size}",
+        track,
+    )
     times = timing.times
     flops: dict[str, int] = {
         side: sum(count_flops(case.encoder(side), planned) for planned in load.calls[side]) for side in SIDES
@@ -131,6 +128,26 @@ def _row(
         "peers": [_peer_row(peer, others.get(peer.title), times) for peer in peers],
         "memory": {},
     }
+
+
+def _checked(
+    case: BenchCase, sessions: Sessions, peers: Sequence[Contender], load: Load
+) -> tuple[dict[str, Parity], dict[str, tuple[Running, Parity, float]]]:
+    """How our sides compare with PyTorch, and the peers that run, if there are any; see `Contender.on`."""
+    # Made once, and only if something is compared with it.
+    reference = cache(partial(reference_features, case, load))
+    parity: dict[str, Parity] = {}
+    others: dict[str, tuple[Running, Parity, float]] = {}
+    if peers:
+        ours = sessions.on(load.calls)
+        for side in SIDES:
+            ours[side].call()
+            parity[side] = check(case, side, load, ours[side], case.limits[side], reference)
+        for peer in peers:
+            started = peer.on(load, lambda one, ran: check(case, one.side, load, ran, one.limits, reference))
+            if started is not None:
+                others[peer.title] = started
+    return parity, others
 
 
 def _peer_row(
@@ -153,10 +170,13 @@ def _peer_row(
     return row
 
 
-def _timed(case: BenchCase, calls: Calls, reference: str, title: str, track: Track) -> Timing:
+def _timed(case: BenchCase, names: Sequence[str], open_calls: Opener, title: str, track: Track) -> Timing:
+    """Against the first of `names`."""
     limits = rounds_of(case.spec)
     advance = track(title, limits.max_rounds + limits.warmup)
-    timing = until_narrow(calls, reference, limits, on_round=lambda index: advance(1), clock=clock_of(case.device))
+    timing = until_narrow(
+        names, names[0], open_calls, limits, on_round=lambda index: advance(1), clock=clock_of(case.device)
+    )
     # Most runs are done long before; the line then goes.
     if timing.rounds < limits.max_rounds:
         advance(limits.max_rounds - timing.rounds)
@@ -172,16 +192,12 @@ def bench_self(case: BenchCase, track: Track) -> SelfResult:
     An interval without 1 in it, more often than once in twenty, or one that stays wide, says that this machine cannot
     tell such differences now.
     """
-    spec, first, second = case.spec, case.open("original"), case.open("original")
+    spec, names = case.spec, ("first", "second")
+    sessions = Sessions(dict.fromkeys(names, _graph(case, "original")))
     rows: list[SelfRow] = []
     for size in spec.batch_sizes:
-        load = case.load(size)
-        sessions = {"first": first, "second": second}
-        calls = {
-            name: session_running(session, load.calls["original"], case.device).call
-            for name, session in sessions.items()
-        }
-        timing = _timed(case, calls, "first", f"bench against itself, batch {size}", track)
+        opener = sessions.opener(dict.fromkeys(names, case.load(size).calls["original"]))
+        timing = _timed(case, names, opener, f"bench against itself, batch {size}", track)
         ratio = paired_ratio(timing.times["first"], timing.times["second"])
         width = relative_width(ratio)
         rows.append(
@@ -197,7 +213,7 @@ def bench_self(case: BenchCase, track: Track) -> SelfResult:
         )
     return {
         "target": case.target.name,
-        "provider": first.get_providers()[0],
+        "provider": sessions.provider,
         "threads": spec.threads,
         "warmup": spec.warmup,
         "max_interval": spec.max_interval,

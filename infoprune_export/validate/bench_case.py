@@ -37,8 +37,8 @@ class Load:
     batch_size: int
     inputs: dict[str, Tensor]
     """As the processor returns them."""
-    calls: Mapping[Side, list[dict[str, Tensor]]]
-    """Planned tensors, fp32 on the CPU, of as many calls as each side's graph needs."""
+    calls: Mapping[str, list[dict[str, Tensor]]]
+    """By side: planned tensors, fp32 on the CPU, of as many calls as its graph needs."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ class BenchCase:
 
     def load(self, batch_size: int) -> Load:
         inputs = self.towers["original"].example_inputs(batch_size, torch.Generator().manual_seed(0))
-        calls = {side: self.towers[side].calls(inputs, self.encoder(side).form) for side in SIDES}
+        calls: dict[str, list[dict[str, Tensor]]] = {
+            side: self.towers[side].calls(inputs, self.encoder(side).form) for side in SIDES
+        }
         return Load(batch_size, inputs, calls)
 
     def open(self, side: Side) -> Any:

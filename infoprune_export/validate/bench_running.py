@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infoprune_export.engine.onnxruntime import feed_of, runtime_target
 from infoprune_export.errors import InfopruneError
-from infoprune_export.measure.latency import Clock, Limits, cuda_clock, wall_clock
+from infoprune_export.measure.latency import Calls, Clock, Limits, Opener, cuda_clock, wall_clock
 from infoprune_export.models.tower import Planned
 from infoprune_export.recipe import BenchSpec, Target
 
@@ -95,6 +95,61 @@ def _bound(session: Any, calls: Sequence[Planned], device: str) -> Running:
         return [_floats(dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))) for binding in bindings]
 
     return Running(call, outputs)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An exported encoder."""
+
+    open: Callable[[], Any]
+    """Gives a session of ONNX Runtime."""
+    device: str
+
+
+class Sessions:
+    """Sessions of several graphs, by name."""
+
+    def __init__(self, graphs: Mapping[str, Graph]) -> None:
+        self._graphs = graphs
+        self._opened: dict[str, Any] = {}
+
+    @property
+    def provider(self) -> str:
+        """Of the sessions that are open."""
+        return str(next(iter(self._opened.values())).get_providers()[0])
+
+    def close(self) -> None:
+        self._opened.clear()
+
+    def open(self, order: Sequence[str]) -> None:
+        """All that run on a CPU anew, in this order of their names, once those of before are closed.
+
+        What is open on a GPU stays: TensorRT builds its engine when a session is opened, and the driver hands out
+        memory by whole pages.
+        """
+        self._opened = {name: session for name, session in self._opened.items() if self._graphs[name].device != "cpu"}
+        for name in order:
+            if name in self._graphs and name not in self._opened:
+                self._opened[name] = self._graphs[name].open()
+
+    def on(self, calls: Mapping[str, Sequence[Planned]]) -> dict[str, Running]:
+        """Every session, with the planned tensors of its calls in place."""
+        return {
+            name: session_running(session, calls[name], self._graphs[name].device)
+            for name, session in self._opened.items()
+        }
+
+    def opener(self, calls: Mapping[str, Sequence[Planned]], others: Calls | None = None) -> Opener:
+        """Opens all sessions for `latency.until_narrow`, each called once; `others` stay as they are."""
+
+        def open_calls(order: Sequence[str]) -> Calls:
+            self.open(order)
+            ready = {name: running.call for name, running in self.on(calls).items()}
+            for call in ready.values():
+                call()
+            return ready | dict(others or {})
+
+        return open_calls
 
 
 def module_running(

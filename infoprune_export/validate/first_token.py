@@ -24,7 +24,7 @@ from torch import Tensor
 from infoprune_export.artifacts import library_versions
 from infoprune_export.console import percentile_text, ratio_text, rounds_text
 from infoprune_export.errors import InfopruneError
-from infoprune_export.measure.latency import until_narrow
+from infoprune_export.measure.latency import kept_open, until_narrow
 from infoprune_export.measure.machine import machine
 from infoprune_export.measure.memory import peak, reset_peak
 from infoprune_export.measure.statistics import paired_ratio, percentiles
@@ -111,9 +111,8 @@ def first_token(
         for name, side in contest.sides.items():
             calls[name] = partial(_answer, contest, side, inputs)
             calls[f"{name}, encoder"] = partial(_see, contest, side, inputs)
-        timing = until_narrow(
-            calls, UNPRUNED, rounds_of(spec), on_round=on_round, clock=clock_of(contest.vlm.device.type)
-        )
+        clock = clock_of(contest.vlm.device.type)
+        timing = until_narrow(list(calls), UNPRUNED, kept_open(calls), rounds_of(spec), on_round=on_round, clock=clock)
         times = timing.times
         for name, side in contest.sides.items():
             seen = _see(contest, side, inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,13 @@ from infoprune_export.engine.onnxruntime import open_session
 from infoprune_export.export.onnx import MODEL
 from infoprune_export.measure.latency import Limits, Timing, until_narrow, wall_clock
 from infoprune_export.models.tower import Form, VisionTower
-from infoprune_export.recipe import BenchSpec, Recipe, load_target
+from infoprune_export.recipe import BenchSpec, Recipe, Target, load_target
 from infoprune_export.tokens.encoder import VisionEncoder, form_of
 from infoprune_export.validate.bench import Track
-from infoprune_export.validate.bench_running import Running, check_provider, clock_of, device_of, session_running
+from infoprune_export.validate.bench_running import Graph, Sessions, check_provider, clock_of, device_of
 
 ORIGINAL = "original"
 """No point is called so: names of points have a value in them."""
-
-
-@dataclass(frozen=True)
-class _Graph:
-    session: Any
-    form: Form
-    device: str
 
 
 def time_points(
@@ -44,19 +37,17 @@ def time_points(
     threads = torch.get_num_threads()
     torch.set_num_threads(spec.threads)
     try:
-        graphs = _open(tower, runs, spec)
+        graphs, forms = _graphs(tower, runs, spec)
+        sessions = Sessions(graphs)
         devices = {graph.device for graph in graphs.values()}
         clock = clock_of(devices.pop()) if len(devices) == 1 else wall_clock
         limits = Limits(spec.rounds, spec.most_rounds, spec.max_seconds, spec.max_interval, spec.warmup)
         timings = {}
         for size in spec.batch_sizes:
             inputs = tower.example_inputs(size, torch.Generator().manual_seed(0))
-            calls = {}
-            for name, graph in graphs.items():
-                ready: Running = session_running(graph.session, tower.calls(inputs, graph.form), graph.device)
-                calls[name] = ready.call
+            opener = sessions.opener({name: tower.calls(inputs, form) for name, form in forms.items()})
             advance = track(f"all points timed, batch {size}", limits.max_rounds + limits.warmup)
-            timing = until_narrow(calls, ORIGINAL, limits, on_round=_one(advance), clock=clock)
+            timing = until_narrow(list(graphs), ORIGINAL, opener, limits, on_round=_one(advance), clock=clock)
             advance(limits.max_rounds - timing.rounds)
             timings[size] = timing
         return timings
@@ -68,16 +59,22 @@ def _one(advance: Callable[[int], None]) -> Callable[[int], None]:
     return lambda _: advance(1)
 
 
-def _open(tower: VisionTower, runs: Mapping[str, tuple[Recipe, Path]], spec: BenchSpec) -> dict[str, _Graph]:
+def _graphs(
+    tower: VisionTower, runs: Mapping[str, tuple[Recipe, Path]], spec: BenchSpec
+) -> tuple[dict[str, Graph], dict[str, Form]]:
     first, folder = next(iter(runs.values()))
     wanted = {ORIGINAL: (first, folder / "original")}
     wanted |= {name: (recipe, onnx / "compressed") for name, (recipe, onnx) in runs.items()}
-    graphs = {}
+    graphs, forms = {}, {}
     for name, (recipe, place) in wanted.items():
         target = load_target(recipe.engine.target)
-        session = open_session(place / MODEL, target, threads=spec.threads)
-        check_provider(session, target)
         several = form_of(tower, recipe.tokens, recipe.export.several).several
-        form = VisionEncoder(tower, None if name == ORIGINAL else recipe.tokens, several).form
-        graphs[name] = _Graph(session, form, device_of(target))
-    return graphs
+        graphs[name] = Graph(partial(_open, place / MODEL, target, spec.threads), device_of(target))
+        forms[name] = VisionEncoder(tower, None if name == ORIGINAL else recipe.tokens, several).form
+    return graphs, forms
+
+
+def _open(model: Path, target: Target, threads: int) -> Any:
+    session = open_session(model, target, threads=threads)
+    check_provider(session, target)
+    return session

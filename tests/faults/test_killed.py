@@ -125,6 +125,34 @@ def test_killed_between_the_two_renames_of_a_replacement(tmp_path, place):
     assert content(folder) == content(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("resumable", [False, True])
+def test_what_a_kill_left_beside_a_finished_stage_goes_although_nothing_is_made(tmp_path, resumable):
+    """Other settings were tried, the run killed, and the settings taken back."""
+    folder = tmp_path / "run"
+    run_in(folder, 0, resumable=resumable)
+    whole = content(folder)
+    pid = os.fork()
+    if not pid:
+        write = Path.write_text
+
+        def cut(self: Path, *arguments: Any, **options: Any) -> int:
+            if self == folder / ".data.partial" / "3.txt":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write(self, *arguments, **options)
+
+        Path.write_text = cut
+        run_in(folder, 1, resumable=resumable)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    begun = {name: data for name, data in content(folder).items() if name.startswith(".data.partial/")}
+    assert len(begun) == 3 + resumable
+    # As a kill between a replacement's last rename and the removal of the old folder leaves it.
+    (folder / ".heads.retired").mkdir()
+    (folder / ".heads.retired" / "0.txt").write_text("old")
+    run_in(folder, 0, resumable=resumable)
+    assert content(folder) == (whole | begun if resumable else whole)
+
+
 def test_a_clock_that_goes_backwards_makes_nothing_again(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     run_in(folder, 0)

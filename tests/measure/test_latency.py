@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import itertools
 import json
 import os
+import weakref
 from collections import Counter
 from itertools import pairwise
 
@@ -12,8 +15,9 @@ import numpy as np
 import pytest
 
 from infoprune_export.measure import machine as machines
-from infoprune_export.measure.latency import Limits, cuda_clock, interleaved, until_narrow
+from infoprune_export.measure.latency import Limits, cuda_clock, interleaved, kept_open, until_narrow
 from infoprune_export.measure.machine import machine
+from infoprune_export.measure.statistics import paired_ratio, relative_width
 
 LIMITS = Limits(rounds=30, max_rounds=300, max_seconds=1e9, max_interval=0.05, warmup=2)
 
@@ -28,6 +32,10 @@ class FakeClock:
     def calls(self):
         return {name: (lambda name=name: self.log.append(name)) for name in self.planned}
 
+    def until_narrow(self, limits: Limits = LIMITS, **options):
+        calls = self.calls()
+        return until_narrow(list(calls), "a", kept_open(calls), limits, clock=self, **options)
+
     def __call__(self, call) -> float:
         call()
         return next(self.planned[self.log[-1]])
@@ -36,16 +44,16 @@ class FakeClock:
 # ── Rounds ───────────────────────────────────────────────────────────────────
 
 
-def test_every_other_round_reverses_the_order_of_the_one_before():
-    clock = FakeClock(**{name: np.ones(80) for name in "abc"})
-    interleaved(clock.calls(), rounds=80, warmup=0, clock=clock)
-    rounds = ["".join(clock.log[i : i + 3]) for i in range(0, 240, 3)]
-    assert all(later == earlier[::-1] for earlier, later in zip(rounds[::2], rounds[1::2], strict=True))
+def test_orders_of_a_block_are_a_palindrome_and_the_next_block_is_its_mirror():
+    clock = FakeClock(**{name: np.ones(160) for name in "abc"})
+    interleaved(clock.calls(), rounds=160, warmup=0, clock=clock)
+    rounds = ["".join(clock.log[i : i + 3]) for i in range(0, 480, 3)]
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
-    assert len(set(rounds)) == 6  # orders are drawn, so none keeps step with something periodic
-    assert Counter(one[0] for one in rounds)["a"] < 60
-    blocks = [rounds[i : i + 4] for i in range(0, 80, 4)]
+    blocks = [rounds[i : i + 4] for i in range(0, 160, 4)]
     assert all(block == [block[0], block[0][::-1], block[0][::-1], block[0]] for block in blocks)
+    assert all(mirror[0] == block[0][::-1] for block, mirror in zip(blocks[::2], blocks[1::2], strict=True))
+    assert len(set(rounds)) == 6  # orders are drawn, so none keeps step with something periodic
+    assert Counter(one[0] for one in rounds)["a"] < 120
 
 
 def test_of_two_alternatives_each_follows_itself_once_a_block():
@@ -103,23 +111,23 @@ def times_of(noise: float, n: int = 400) -> np.ndarray:
 
 def test_rounds_end_when_the_ratio_is_known():
     clock = FakeClock(a=times_of(0.005), b=times_of(0.006))
-    timing = until_narrow(clock.calls(), "a", LIMITS, clock=clock)
+    timing = clock.until_narrow()
     assert (timing.stopped, timing.rounds) == ("narrow", 30)
 
 
 def test_noise_makes_more_rounds_up_to_the_limit():
     clock = FakeClock(a=times_of(0.06), b=times_of(0.07))
-    timing = until_narrow(clock.calls(), "a", LIMITS, clock=clock)
+    timing = clock.until_narrow()
     assert timing.stopped == "narrow"
     assert 30 < timing.rounds < 300
     clock = FakeClock(a=times_of(0.5), b=times_of(0.6))
-    timing = until_narrow(clock.calls(), "a", LIMITS, clock=clock)
+    timing = clock.until_narrow()
     assert (timing.stopped, timing.rounds) == ("rounds", 300)
 
 
 def test_the_noisiest_alternative_decides():
     clock = FakeClock(a=times_of(0.001), b=times_of(0.002), c=times_of(0.5))
-    assert until_narrow(clock.calls(), "a", LIMITS, clock=clock).stopped == "rounds"
+    assert clock.until_narrow().stopped == "rounds"
 
 
 def test_time_ends_rounds_but_not_before_the_least_number(monkeypatch):
@@ -131,18 +139,83 @@ def test_time_ends_rounds_but_not_before_the_least_number(monkeypatch):
         now[0] += 1000.0 if index < 0 else 1.0  # warm-up is not counted
 
     clock = FakeClock(a=times_of(0.5), b=times_of(0.6))
-    timing = until_narrow(clock.calls(), "a", limits, clock=clock, on_round=tick)
+    timing = clock.until_narrow(limits, on_round=tick)
     assert (timing.stopped, timing.rounds) == ("time", 40)
     now[0], clock = 0.0, FakeClock(a=times_of(0.5), b=times_of(0.6))
     limits = Limits(rounds=30, max_rounds=300, max_seconds=3.0, max_interval=0.05, warmup=5)
-    timing = until_narrow(clock.calls(), "a", limits, clock=clock, on_round=tick)
+    timing = clock.until_narrow(limits, on_round=tick)
     assert (timing.stopped, timing.rounds) == ("time", 30)
+
+
+def test_every_block_is_opened_anew_and_every_other_one_in_reverse():
+    """Nothing that was open before may be held when the next is opened."""
+    log: list[tuple[str, ...]] = []
+    alive = weakref.WeakSet()
+
+    class Call:
+        def __call__(self) -> None:
+            log.append(("call",))
+
+    def open_calls(order):
+        assert not alive
+        log.append(tuple(order))
+        opened = {name: Call() for name in order}
+        alive.update(opened.values())
+        return opened
+
+    noise = iter(times_of(0.5, 1000))
+
+    def clock(call) -> float:
+        call()
+        return next(noise)
+
+    limits = Limits(rounds=3, max_rounds=80, max_seconds=1e9, max_interval=0.01, warmup=2)
+    timing = until_narrow(list("abc"), "a", open_calls, limits, clock=clock)
+    assert timing.rounds == 80
+    openings = [one for one in log if one != ("call",)]
+    assert len(openings) == 20
+    assert all(later == earlier[::-1] for earlier, later in zip(openings[::2], openings[1::2], strict=True))
+    assert all(sorted(one) == ["a", "b", "c"] for one in openings)
+    assert len(set(openings)) > 2
+    assert [len(list(calls)) for is_call, calls in itertools.groupby(log, key=("call",).__eq__) if is_call] == (
+        [3 * (2 + 4)] + [3 * 4] * 19
+    )
+
+
+@pytest.mark.parametrize("kind", ["opened first", "called first", "follows itself"])
+@pytest.mark.parametrize("longer", [0.02, 0.3])
+def test_what_depends_on_the_order_is_not_taken_for_a_difference(kind, longer):
+    """Each of these moves no single observation, as both rounds of it are each other's mirror."""
+    first: list[str] = []
+    called: list[str] = []
+    rng = np.random.default_rng(0)
+
+    def open_calls(order):
+        first[:] = order[:1]
+        return {name: (lambda name=name: name) for name in order}
+
+    def clock(call) -> float:
+        name = call()
+        called.append(name)
+        slow = {
+            "opened first": name == first[0],
+            "called first": len(called) % 2 == 1,
+            "follows itself": len(called) > 1 and called[-2] == name,
+        }
+        return (1.0 + longer * slow[kind]) * np.exp(0.002 * rng.normal())
+
+    limits = dataclasses.replace(LIMITS, rounds=48, max_interval=0.02, warmup=0)
+    timing = until_narrow(list("ab"), "a", open_calls, limits, clock=clock)
+    ratio = paired_ratio(timing.times["a"], timing.times["b"])
+    assert (timing.stopped, timing.rounds, ratio["observations"]) == ("narrow", 48, 24)
+    assert ratio["low"] <= 1 <= ratio["high"]
+    assert relative_width(ratio) < 0.005 + 0.3 * longer * (kind == "follows itself")
 
 
 def test_so_few_rounds_that_no_interval_covers_95_percent_are_never_enough():
     clock = FakeClock(a=np.ones(9), b=np.ones(9))
     limits = Limits(rounds=3, max_rounds=5, max_seconds=1e9, max_interval=0.05, warmup=0)
-    assert until_narrow(clock.calls(), "a", limits, clock=clock).stopped == "rounds"
+    assert clock.until_narrow(limits).stopped == "rounds"
 
 
 # ── Machine ──────────────────────────────────────────────────────────────────

@@ -172,6 +172,23 @@ def test_the_interval_contains_the_truth_as_often_as_it_says(noise, rounds):
     assert 0.90 <= covered / counted <= 0.995
 
 
+@pytest.mark.parametrize(("luck", "first"), [(0.008, 0.008), (0.02, 0.0), (0.0, 0.02)])
+@pytest.mark.parametrize("rounds", [72, 240])
+def test_the_interval_allows_for_the_luck_of_openings(rounds, luck, first):
+    """Every four rounds have a ratio of their own; whoever is opened first, by turns, is slower besides."""
+    rng, trials = np.random.default_rng(11), 300
+    found = []
+    for _ in range(trials):
+        slow, fast = series(rng, rounds, "AR(1)", scale=0.01)
+        favoured = np.array([first, -first] * (rounds // 8)) * np.repeat(rng.choice([-1, 1], rounds // 8), 2)
+        found.append(
+            paired_ratio(slow * np.exp(np.repeat(luck * rng.standard_normal(rounds // 4) + favoured, 4)), fast)
+        )
+    counted = [one for one in found if one["confidence"] == 0.95]
+    assert len(counted) > 0.85 * trials
+    assert 0.90 <= np.mean([one["low"] <= 1 <= one["high"] for one in counted]) <= 0.995
+
+
 @pytest.mark.parametrize("noise", NOISES)
 def test_a_difference_of_3_percent_is_found(noise):
     rng = np.random.default_rng(8)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import itertools
 import os
+import weakref
 from pathlib import Path
 from typing import get_args
 
@@ -21,6 +21,7 @@ from rich.console import Console
 from infoprune_export import console
 from infoprune_export.cli import bench_commands, main
 from infoprune_export.errors import InfopruneError
+from infoprune_export.measure.latency import wall_clock
 from infoprune_export.measure.results import BenchResult, SelfResult
 from infoprune_export.models import tower_of
 from infoprune_export.recipe import TokensSpec, load_recipe, read_recipe
@@ -29,7 +30,7 @@ from infoprune_export.tokens.encoder import FEATURES
 from infoprune_export.validate import bench_memory, peers, peers_openvino
 from infoprune_export.validate.bench import bench, bench_self
 from infoprune_export.validate.bench_case import BenchCase, case_of, case_of_run, check, reference_features
-from infoprune_export.validate.bench_running import Running, device_of
+from infoprune_export.validate.bench_running import Running, device_of, session_running
 from infoprune_export.validate.peers import Peer, contenders, peer_of
 
 MIB = 2**20
@@ -260,14 +261,22 @@ def test_the_graph_against_itself_says_whether_1_is_in_the_interval(case, monkey
     from infoprune_export.validate import bench as module
 
     rng = np.random.default_rng(1)
+    opener = module.Sessions.opener
     for longer, contains in ((0.0, True), (0.1, False)):
-        order = itertools.count()
-        names: dict[int, int] = {}
+        planned: dict[int, float] = {}
 
-        def clock(call, longer=longer, order=order, names=names):
-            number = names.setdefault(id(call), next(order))
-            return (1 + longer * number) * float(np.exp(0.003 * rng.standard_normal()))
+        def plan(self, planned_calls, longer=longer, planned=planned):
+            def open_calls(order):
+                calls = opener(self, planned_calls)(order)
+                planned.update({id(call): 1 + longer * (name == "second") for name, call in calls.items()})
+                return calls
 
+            return open_calls
+
+        def clock(call, planned=planned):
+            return planned[id(call)] * float(np.exp(0.003 * rng.standard_normal()))
+
+        monkeypatch.setattr(module.Sessions, "opener", plan)
         monkeypatch.setattr(module, "clock_of", lambda device, clock=clock: clock)
         result = bench_self(with_spec(case, rounds=40, max_rounds=60), Lines())
         TypeAdapter(SelfResult).validate_python(result, strict=True)
@@ -278,13 +287,38 @@ def test_the_graph_against_itself_says_whether_1_is_in_the_interval(case, monkey
         assert ("yes" if contains else "NO") in printed(console.print_self, result)
 
 
-def test_both_sides_are_the_same_graph_in_two_sessions(case, monkeypatch):
+@pytest.mark.parametrize(("device", "times"), [("cpu", 6), ("cuda", 1)])
+def test_sessions_are_opened_for_every_block_on_a_cpu_and_kept_on_a_gpu(case, monkeypatch, device, times):
+    """Those of before are closed first, or there would be twice the memory and the same luck again."""
+    opened, alive = [], weakref.WeakSet()
+    original = BenchCase.open
+
+    def open_(self, side):
+        assert len(alive) < 2
+        opened.append(side)
+        session = original(self, side)
+        alive.add(session)
+        return session
+
+    monkeypatch.setattr(BenchCase, "open", open_)
+    monkeypatch.setattr(BenchCase, "device", device)
+    monkeypatch.setattr("infoprune_export.validate.bench_running._bound", lambda *a: session_running(*a[:2], "cpu"))
+    monkeypatch.setattr("infoprune_export.validate.bench.clock_of", lambda device: wall_clock)
+    result = bench_self(with_spec(case, rounds=24, max_rounds=24), Lines())
+    assert opened == ["original", "original"] * times
+    assert all(found["p50"] > 0 for found in result["rows"][0]["milliseconds"].values())
+
+
+def test_both_sides_are_opened_first_equally_often(case, monkeypatch):
     opened = []
     original = BenchCase.open
     monkeypatch.setattr(BenchCase, "open", lambda self, side: opened.append(side) or original(self, side))
-    result = bench_self(case, Lines())
-    assert opened == ["original", "original"]
-    assert all(times["p50"] > 0 for times in result["rows"][0]["milliseconds"].values())
+    bench(None, (), Lines(), with_spec(case, rounds=16, max_rounds=16))
+    assert opened[:2] == ["original", "compressed"]  # for the parity of both, were there peers
+    pairs = [opened[i : i + 2] for i in range(2, 10, 2)]
+    assert len(opened) == 10
+    assert pairs[0] == pairs[1][::-1]
+    assert pairs[2] == pairs[3][::-1]
 
 
 # ── Memory ───────────────────────────────────────────────────────────────────
