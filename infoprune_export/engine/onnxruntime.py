@@ -120,6 +120,18 @@ class OnnxRuntimeEngine(Engine):
         return dict(self._record)
 
 
+def open_portable(model: Path) -> OnnxRuntimeEngine:
+    """An exported file in ONNX Runtime on the CPU, which every machine has; on as many threads as it sees fit."""
+    target = OnnxRuntimeTarget(
+        name="onnx",
+        description="an exported file",
+        backend="onnxruntime",
+        providers=("CPUExecutionProvider",),
+        threads=0,
+    )
+    return OnnxRuntimeEngine(open_session(model, target), {})
+
+
 class OnnxRuntimeBackend(Backend):
     def check(self, target: Target) -> None:
         available = _runtime().get_available_providers()

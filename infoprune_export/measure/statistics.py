@@ -1,4 +1,4 @@
-"""Percentiles and ratios of latencies, with intervals that hold on a machine that others use too.
+"""Percentiles and ratios of latencies, with intervals that hold on a machine that others use too; means of scores.
 
 Rounds of a shared machine are not independent: what disturbs one often disturbs the next. Both kinds of interval here
 are order statistics, which assume nothing about the distribution (times have long tails), taken as if there were only
@@ -17,6 +17,7 @@ A bootstrap of single rounds would call a disturbance that lasts ten rounds ten 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -27,6 +28,8 @@ from infoprune_export.measure.results import Interval, Percentiles, Ratio
 Floats = NDArray[np.float64]
 
 CONFIDENCE = 0.95
+NORMAL_95 = 1.959964
+"""Standard errors to either side of a 95% interval."""
 _PERCENTILES = (50, 90, 99)
 BLOCK = 4
 """Rounds over which `latency` gives every alternative the same places. Every second block mirrors the one before."""
@@ -150,3 +153,18 @@ def relative_width(ratio: Ratio) -> float:
     if ratio["confidence"] < CONFIDENCE:
         return math.inf
     return (ratio["high"] - ratio["low"]) / ratio["median"]
+
+
+# ── Means of scores ──────────────────────────────────────────────────────────
+
+
+def clustered_mean(values: Floats, sizes: Sequence[int] | NDArray[np.int64]) -> tuple[float, float]:
+    """Mean of per-question scores [questions] (or paired differences of them) and its standard error, in percent.
+
+    Questions of one image are one cluster; `sizes` [images] says how many each has, in the order of the questions. With
+    deviations d_i from the mean and images c: SE = sqrt(sum_c (sum_{i in c} d_i)^2) / n (Liang and Zeger, Longitudinal
+    data analysis using generalized linear models, 1986).
+    """
+    images = np.repeat(np.arange(len(sizes)), sizes)
+    sums = np.bincount(images, weights=values - values.mean(), minlength=len(sizes))
+    return 100 * float(values.mean()), 100 * math.sqrt(float(sums @ sums)) / len(values)

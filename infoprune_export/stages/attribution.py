@@ -13,6 +13,7 @@ from infoprune_export.stages.common import open_checkpoint, read_json, read_plan
 from infoprune_export.stages.recovery import compressed_tower
 
 if TYPE_CHECKING:
+    from infoprune_export.engine.base import Engine
     from infoprune_export.validate.attribution import Subject
 
 ATTRIBUTION = "attribution.json"
@@ -31,6 +32,7 @@ def attribute_file(run: Run, file: Path, *, blocks: bool = True) -> dict[str, An
     Raises:
         InfopruneError: the file is no encoder of the same parts.
     """
+    from infoprune_export.engine.onnxruntime import open_portable
     from infoprune_export.validate.attribution import attribute, check_foreign
 
     subject = subject_of(run)
@@ -40,7 +42,10 @@ def attribute_file(run: Run, file: Path, *, blocks: bool = True) -> dict[str, An
         subject,
         onnx=file if subject.precision is None else subject.onnx,
         precision=None if subject.precision is None else file,
-        engines={**{name: engine for name, engine in subject.engines.items() if name == "onnx"}, step: _portable(file)},
+        engines={
+            **{name: engine for name, engine in subject.engines.items() if name == "onnx"},
+            step: open_portable(file),
+        },
         engine_file=None,
     )
     return dict(attribute(theirs, blocks=blocks))
@@ -49,7 +54,7 @@ def attribute_file(run: Run, file: Path, *, blocks: bool = True) -> dict[str, An
 def subject_of(run: Run) -> Subject:
     """Everything attribution compares, loaded."""
     from infoprune_export.engine import open_engine
-    from infoprune_export.engine.onnxruntime import ENGINE
+    from infoprune_export.engine.onnxruntime import ENGINE, open_portable
     from infoprune_export.export.onnx import MODEL
     from infoprune_export.models.vlm import writable_copy
     from infoprune_export.rewrite.surgery import apply_heads
@@ -66,9 +71,9 @@ def subject_of(run: Run) -> Subject:
     made, exact = run.folder_of("onnx"), recipe.export.numerics == "fp32"
     file = made / ("compressed" if exact else "float") / MODEL
     precision = None if exact else made / "compressed" / MODEL
-    engines = {"onnx": _portable(file)}
+    engines: dict[str, Engine] = {"onnx": open_portable(file)}
     if precision is not None:
-        engines["precision"] = _portable(precision)
+        engines["precision"] = open_portable(precision)
     engines["engine"] = open_engine(run.folder_of("engine"), run.target)
     target = engine_target(recipe.engine)
     runtime = isinstance(target, OnnxRuntimeTarget)
@@ -91,17 +96,3 @@ def subject_of(run: Run) -> Subject:
         cases=parity_inputs(recipe, run.split, run.original_on_cpu),
         accuracy=read_json(run.folder_of("validation") / "validation.json")["accuracy"],
     )
-
-
-def _portable(file: Path) -> Any:
-    """A file in ONNX Runtime on the CPU, which every machine has."""
-    from infoprune_export.engine.onnxruntime import OnnxRuntimeEngine, open_session
-
-    target = OnnxRuntimeTarget(
-        name="onnx",
-        description="an exported file",
-        backend="onnxruntime",
-        providers=("CPUExecutionProvider",),
-        threads=0,
-    )
-    return OnnxRuntimeEngine(open_session(file, target), {})

@@ -150,27 +150,17 @@ def make_validation(run: Run, folder: Path) -> None:
 def _subject(run: Run) -> Any:
     """Everything validation compares, loaded."""
     from infoprune_export.engine import open_engine
-    from infoprune_export.engine.onnxruntime import OnnxRuntimeEngine, open_session
+    from infoprune_export.engine.onnxruntime import open_portable
     from infoprune_export.export.onnx import MODEL
     from infoprune_export.models.vlm import writable_copy
     from infoprune_export.validate.verdict import Subject
 
     heads, head_weights, ffn, ffn_weights = read_plans(run)
     # The exported files are judged on the portable provider, the engine on its own.
-    portable = OnnxRuntimeTarget(
-        name="onnx",
-        description="an exported file",
-        backend="onnxruntime",
-        providers=("CPUExecutionProvider",),
-        threads=0,
-    )
     files = {"onnx": "compressed"}
     if run.recipe.export.numerics != "fp32":
         files = {"onnx": "float", "precision": "compressed"}
-    made = {
-        step: OnnxRuntimeEngine(open_session(run.folder_of("onnx") / name / MODEL, portable), {})
-        for step, name in files.items()
-    }
+    made = {step: open_portable(run.folder_of("onnx") / name / MODEL) for step, name in files.items()}
     return Subject(
         recipe=run.recipe,
         split=run.split,

@@ -7,7 +7,6 @@ answers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from infoprune_export.data.dataset import Split
 from infoprune_export.data.formats import format_of
 from infoprune_export.data.samples import Question, Sample, open_image
 from infoprune_export.errors import InfopruneError
+from infoprune_export.measure.statistics import clustered_mean
 from infoprune_export.models.calibration import batches
 from infoprune_export.models.vlm import VLM, Decoding, VisualTokens, answer, place, prepare
 
@@ -183,9 +183,8 @@ def agreement_scores(answers: Sequence[Sequence[str]], reference: Sequence[Seque
 
 def estimate(samples: Sequence[Sample], scores: NDArray[np.float64]) -> Estimate:
     """Mean and cluster-robust standard error of per-question scores (or paired differences of them)."""
-    clusters = np.repeat(np.arange(len(samples)), [len(sample.questions) for sample in samples])
-    sums = np.bincount(clusters, weights=scores - scores.mean(), minlength=len(samples))
-    return Estimate(100 * float(scores.mean()), 100 * math.sqrt(float((sums**2).sum())) / len(scores), len(scores))
+    percent, error = clustered_mean(scores, [len(sample.questions) for sample in samples])
+    return Estimate(percent, error, len(scores))
 
 
 def by_kind(samples: Sequence[Sample], scores: NDArray[np.float64]) -> Mapping[str, float]:

@@ -31,7 +31,7 @@ from infoprune_export.heads.obs import eliminate_heads
 from infoprune_export.heads.plan import HeadPlan
 from infoprune_export.heads.refit import refit_heads
 from infoprune_export.measure.machine import machine
-from infoprune_export.measure.statistics import paired_ratio, percentiles
+from infoprune_export.measure.statistics import NORMAL_95, paired_ratio, percentiles
 from infoprune_export.models.calibration import TaskLoss, inputs_of
 from infoprune_export.models.vlm import VLM, check_model, on_cpu, writable_copy
 from infoprune_export.recipe import Recipe, load_target
@@ -264,7 +264,7 @@ def draw(result: Mapping[str, Any]) -> str:
             ]
         )
         y = [row["to_original"]["percent"] for row in rows]
-        error = [1.96 * row["to_original"]["standard_error"] for row in rows]
+        error = [NORMAL_95 * row["to_original"]["standard_error"] for row in rows]
         axes.errorbar(x, y, yerr=error, xerr=sides, color=colour, marker="o", ms=4, lw=1.4, capsize=2, label=part)
     axes.axhline(0, color="#999", lw=0.8, ls=":")
     axes.set(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from infoprune_export.ffn.plan import FfnChoice, FfnPlan
+from infoprune_export.measure.statistics import NORMAL_95
 
 # The same input gives the same bytes, and text stays text.
 mpl.rcParams.update({"svg.hashsalt": "infoprune-export", "svg.fonttype": "none", "font.size": 9})
@@ -83,7 +84,7 @@ def accuracy_steps(rows: Sequence[dict[str, Any]], metric: str) -> str:
     axes = figure.add_subplot()
     places = np.arange(len(rows))
     values = [row["percent"] for row in rows]
-    errors = [1.96 * row["standard_error"] for row in rows]
+    errors = [NORMAL_95 * row["standard_error"] for row in rows]
     axes.axhline(values[0], color=BEFORE, lw=1, ls="--")
     axes.errorbar(places, values, yerr=errors, fmt="o-", color=AFTER, capsize=3, ms=5)
     for place, value in zip(places, values, strict=True):
@@ -109,7 +110,7 @@ def accuracy_pair(steps: Sequence[Mapping[str, Any]]) -> str:
         axes.errorbar(
             [place + shift for place, _ in found],
             [row["percent"] for _, row in found],
-            yerr=[1.96 * row["standard_error"] for _, row in found],
+            yerr=[NORMAL_95 * row["standard_error"] for _, row in found],
             fmt=look,
             color=colour,
             capsize=3,

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from infoprune_export import __version__
 from infoprune_export.ffn.plan import FfnPlan
+from infoprune_export.measure.statistics import NORMAL_95
 from infoprune_export.validate import plots
 from infoprune_export.validate.report_json import used_of
 from infoprune_export.validate.report_page import Cell, figure, render_page, strip
@@ -85,7 +86,7 @@ def _figures(
         for block, (total, stay) in enumerate(zip(heads.total, heads.kept, strict=True))
     )
     became = "; ".join(f"block {block}: {plots.ffn_label(choice)}" for block, choice in enumerate(plan.choices))
-    steps = "; ".join(f"{row.step} {row.percent:.1f} ± {1.96 * row.standard_error:.1f}" for row in rows)
+    steps = "; ".join(f"{row.step} {row.percent:.1f} ± {NORMAL_95 * row.standard_error:.1f}" for row in rows)
     times = "; ".join(
         f"batch {row.batch_size}: original {row.milliseconds['original'].p50 / row.batch_size:.3g}, compressed "
         f"{row.milliseconds['compressed'].p50 / row.batch_size:.3g}"

@@ -11,14 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from infoprune_export.measure.statistics import NORMAL_95, clustered_mean
 from infoprune_export.validate import report_compare_schema as schema
 from infoprune_export.validate import report_schema
 from infoprune_export.validate.report_runs import FinishedRun
-
-NORMAL_95 = 1.959964
-"""Standard errors to either side of a 95% interval."""
 
 
 def compare(a: FinishedRun, b: FinishedRun) -> schema.Comparison:
@@ -151,7 +148,7 @@ def _paired(a: FinishedRun, b: FinishedRun, step: str) -> schema.StepDifference 
     if step not in a.scores.scores or step not in b.scores.scores:
         return None
     change = np.array(b.scores.scores[step]) - np.array(a.scores.scores[step])
-    return _difference(*clustered(change, a.scores.clusters))
+    return _difference(*clustered_mean(change, a.scores.clusters))
 
 
 def _unpaired(a: report_schema.Estimate, b: report_schema.Estimate) -> schema.StepDifference:
@@ -161,16 +158,6 @@ def _unpaired(a: report_schema.Estimate, b: report_schema.Estimate) -> schema.St
 def _difference(percent: float, error: float) -> schema.StepDifference:
     reach = NORMAL_95 * error
     return schema.StepDifference(percent=percent, standard_error=error, low=percent - reach, high=percent + reach)
-
-
-def clustered(values: NDArray[np.float64], sizes: Sequence[int]) -> tuple[float, float]:
-    """Mean of per-question values [questions] in percent, and its standard error; an image's questions are a cluster.
-
-    As `accuracy.estimate`, which needs the samples themselves.
-    """
-    clusters = np.repeat(np.arange(len(sizes)), sizes)
-    sums = np.bincount(clusters, weights=values - values.mean(), minlength=len(sizes))
-    return 100 * float(values.mean()), 100 * math.sqrt(float((sums**2).sum())) / len(values)
 
 
 # ── Parity ───────────────────────────────────────────────────────────────────

@@ -33,7 +33,7 @@ from infoprune_export.stages.deliver import SCORES
 from infoprune_export.validate.study_figure import draw
 from infoprune_export.validate.study_ray import check_ray, in_ray
 from infoprune_export.validate.study_results import Study, StudyPoint
-from infoprune_export.validate.study_statistics import clustered_mean, interactions, on_front, scored
+from infoprune_export.validate.study_statistics import interactions, mean_of, on_front, scored
 from infoprune_export.validate.study_timing import ORIGINAL, time_points
 from infoprune_export.validate.study_work import LAST, Submit, follow, in_processes, in_turn, plan, whole
 
@@ -132,7 +132,7 @@ def summarize(
     rows = [_row(point, refused.get(place), validations.get(place), timings) for place, point in enumerate(points)]
     first = min(validations)
     original = scored(scores[first], "original")
-    accuracy = clustered_mean(original.clusters, original.scores)
+    accuracy = mean_of(original.scores, original.clusters)
     _mark_front(rows, accuracy["percent"])
     reason = _incomparable(recipe, refused, [written["questions_sha256"] for written in scores.values()])
     return {

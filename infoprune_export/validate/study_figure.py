@@ -10,10 +10,9 @@ from matplotlib.lines import Line2D
 from rich.table import Column, Table
 
 from infoprune_export.console import ratio_text
+from infoprune_export.measure.statistics import NORMAL_95
 from infoprune_export.validate.plots import AFTER, ALERT, BEFORE, blank, tidy, to_svg
 from infoprune_export.validate.study_results import Interaction, Mean, Study, StudyPoint
-
-_NORMAL_95 = 1.96
 
 # ── Tables ───────────────────────────────────────────────────────────────────
 
@@ -108,7 +107,7 @@ def _point(axes: Any, number: int, row: StudyPoint) -> None:
         [x],
         [y],
         xerr=sides,
-        yerr=[_NORMAL_95 * change["standard_error"]],
+        yerr=[NORMAL_95 * change["standard_error"]],
         color=colour,
         marker="o" if passed else "X",
         mfc=colour if row["on_front"] else "white",

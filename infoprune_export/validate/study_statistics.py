@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from infoprune_export.measure.statistics import clustered_mean
 from infoprune_export.validate.study_results import Interaction, Mean
 
 Floats = NDArray[np.float64]
@@ -37,16 +37,10 @@ def scored(written: Mapping[str, Any], step: str = "engine") -> Scored:
     )
 
 
-def clustered_mean(clusters: NDArray[np.int64], values: Floats) -> Mean:
-    """Mean of per-question values [questions] in percent, and its cluster-robust standard error.
-
-    With deviations d_i from the mean and images c: SE = sqrt(sum_c (sum_{i in c} d_i)^2) / n, as in
-    `accuracy.estimate`.
-    """
-    images = np.repeat(np.arange(len(clusters)), clusters)
-    sums = np.bincount(images, weights=values - values.mean(), minlength=len(clusters))
-    error = math.sqrt(float(sums @ sums)) / len(values)
-    return {"percent": 100 * float(values.mean()), "standard_error": 100 * error, "questions": len(values)}
+def mean_of(values: Floats, clusters: NDArray[np.int64]) -> Mean:
+    """`measure.statistics.clustered_mean` in the form of a sweep's results."""
+    percent, error = clustered_mean(values, clusters)
+    return {"percent": percent, "standard_error": error, "questions": len(values)}
 
 
 # ── Interaction ──────────────────────────────────────────────────────────────
@@ -78,10 +72,10 @@ def interactions(grid: Mapping[str, Sequence[Any]], points: Mapping[tuple[int, .
                         "start": [grid[keys[a]][0], grid[keys[b]][0]],
                         "end": [grid[keys[a]][end_a], grid[keys[b]][end_b]],
                         "at": {key: grid[key][rest[i]] for i, key in enumerate(keys) if i not in (a, b)},
-                        "first": clustered_mean(start.clusters, changes[0]),
-                        "second": clustered_mean(start.clusters, changes[1]),
-                        "both": clustered_mean(start.clusters, both),
-                        "interaction": clustered_mean(start.clusters, both - changes[0] - changes[1]),
+                        "first": mean_of(changes[0], start.clusters),
+                        "second": mean_of(changes[1], start.clusters),
+                        "both": mean_of(both, start.clusters),
+                        "interaction": mean_of(both - changes[0] - changes[1], start.clusters),
                     }
                 )
     return found

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from infoprune_export.measure.statistics import (
+    clustered_mean,
     effective_count,
     paired_ratio,
     percentiles,
@@ -127,6 +128,24 @@ def test_a_ratio_scales_and_turns_round(fast, factor, seed):
     assert found["median"] <= found["high"] * (1 + 1e-9)
     assert scaled["median"] == pytest.approx(factor * found["median"])
     assert turned["median"] == pytest.approx(1 / found["median"])
+
+
+# ── Means of scores ──────────────────────────────────────────────────────────
+
+
+def test_the_error_of_a_clustered_mean_is_that_of_its_images():
+    # Departures from 0.5: 0.5, 0.5 | -0.5, 0.5 | -0.5, -0.5; sums over images 1, 0, -1.
+    percent, error = clustered_mean(np.array([1.0, 1, 0, 1, 0, 0]), [2, 2, 2])
+    assert percent == 50
+    assert error == pytest.approx(100 * math.sqrt(2) / 6)
+
+
+@given(st.lists(st.integers(1, 6), min_size=2, max_size=30), st.integers(0, 2**32 - 1), st.integers(2, 4))
+def test_questions_of_one_image_that_move_together_count_once(sizes, seed, copies):
+    """Every question copied within its image: the mean is known no better."""
+    values = np.random.default_rng(seed).random(sum(sizes))
+    copied = clustered_mean(np.repeat(values, copies), np.array(sizes) * copies)
+    assert copied == pytest.approx(clustered_mean(values, sizes))
 
 
 # ── On a busy machine ────────────────────────────────────────────────────────

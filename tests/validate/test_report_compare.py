@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,17 +112,6 @@ def test_paired_differences_are_taken_question_by_question(pair):
     assert change.high - change.percent == pytest.approx(1.96 * change.standard_error, rel=1e-4)
     assert change.percent - change.low == pytest.approx(1.96 * change.standard_error, rel=1e-4)
     assert steps["ffn"].difference is None, "no scores of it, so nothing to pair"
-
-
-def test_the_clustered_error_is_the_one_of_the_accuracy_table():
-    from infoprune_export.data.samples import Question, Sample
-    from infoprune_export.validate.accuracy import estimate
-
-    sizes = [3, 1, 4, 2]
-    samples = [Sample(Path("x.png"), tuple(Question("?", ("yes",)) for _ in range(size))) for size in sizes]
-    values = np.random.default_rng(0).normal(size=10)
-    expected = estimate(samples, values)
-    assert comparing.clustered(values, sizes) == pytest.approx((expected.percent, expected.standard_error))
 
 
 def test_pairing_is_sharper_than_two_samples(pair):
