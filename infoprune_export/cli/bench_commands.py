@@ -54,10 +54,10 @@ def bench(
     chosen += ["bench.memory=true"] if memory else []
     chosen += [f"engine.target={target}"] if target else []
     options["overrides"] = (*overrides, *chosen)
-    if options["device"] == "cuda" and read(options["recipe"], options["overrides"], None).engine.target == (
-        "onnxruntime-cpu"
-    ):
-        options["overrides"] += ("engine.target=onnxruntime-cuda",)
+    if options["device"] == "cuda" and target is None:
+        named = read(options["recipe"], options["overrides"], None).engine.target
+        if named == "onnxruntime-cpu":
+            options["overrides"] += ("engine.target=onnxruntime-cuda",)
     if itself and (names or memory):
         raise click.UsageError("--self compares one graph with itself; leave out --against and --memory")
     if real_size:

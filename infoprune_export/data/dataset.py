@@ -111,7 +111,7 @@ def read(spec: DataSpec, made: Path | None = None) -> Split:
             raise InfopruneError(
                 f"data has {len(samples)} images: at least 2 are needed, one to calibrate and one to validate"
             )
-        first = spec.calibration_images if spec.drawn else min(spec.calibration_images, len(samples) // 2)
+        first = _calibrating(spec, len(samples))
         calibration, validating = samples[:first], samples[first:]
     benchmark = spec.benchmark
     return Split(
@@ -123,6 +123,12 @@ def read(spec: DataSpec, made: Path | None = None) -> Split:
         max_new_tokens=_max_new_tokens(spec),
         workers=spec.workers,
     )
+
+
+def _calibrating(spec: DataSpec, images: int) -> int:
+    """At most half of the user's images; of what was drawn or fetched, all that were asked for, if others are left."""
+    enough = images > spec.calibration_images if spec.hub is not None else spec.drawn
+    return spec.calibration_images if enough else min(spec.calibration_images, images // 2)
 
 
 def _samples(spec: DataSpec, made: Path | None) -> list[Sample]:
@@ -211,6 +217,8 @@ def own_files(spec: DataSpec) -> list[Path]:
     """Files of the user's that the data is read from, each once."""
     named = [Path(path) for path in (spec.questions, spec.annotations) if path is not None]
     files = [file for path in named for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+    if spec.format is not None and spec.images is not None and (texts := format_of(spec.format).texts):
+        files += sorted(Path(spec.images).rglob(texts))
     if not spec.made:
         split = read(spec)
         files += [file_of(sample.image) for sample in split.calibration + split.validation]

@@ -52,7 +52,7 @@ def fetch(folder: Path, spec: DataSpec, on_row: Callable[[int], None] = lambda r
         shared = {str(row["id"]): row["image"] for row in _rows(spec, source.images, split)} if source.images else {}
         rows = _rows(spec, source.config, split)
         pairs = _pairs(rows, shared, source.convert, spec)
-        samples = _enough(pairs, spec, folder, on_row)
+        samples = _enough(pairs, spec, folder, on_row, scattered=source.scattered)
     except InfopruneError:
         raise
     except Exception as error:  # of a library that raises a dozen kinds, for a name, a network, a file
@@ -126,19 +126,31 @@ def _pairs(
 
 
 def _enough(
-    pairs: Iterator[tuple[str, bytes, Question]], spec: DataSpec, folder: Path, on_row: Callable[[int], None]
+    pairs: Iterator[tuple[str, bytes, Question]],
+    spec: DataSpec,
+    folder: Path,
+    on_row: Callable[[int], None],
+    *,
+    scattered: bool,
 ) -> list[dict[str, Any]]:
-    """Rows until there are images to calibrate on and questions about others; one entry per image."""
+    """Rows until there are images to calibrate on and questions about others; one entry per image.
+
+    Every group that was begun becomes whole: by its next rows, or, where groups are `scattered`, by whatever of them
+    the rest of the split still has.
+    """
     images = folder / "images"
     images.mkdir()
     entries: dict[str, dict[str, Any]] = {}
     calibrating = 0 if spec.calibration_from is not None else spec.calibration_images
     validating = 0
+    begun: set[str] = set()
     last = ""
     for key, content, question in pairs:
-        # Questions that belong together are neighbours, and the last group is to be whole.
-        if validating >= spec.validation_questions and not (question.group and question.group == last):
-            break
+        if validating >= spec.validation_questions:
+            if scattered and question.group not in begun:
+                continue
+            if not scattered and not (question.group and question.group == last):
+                break
         if key not in entries:
             name = f"{len(entries):08d}{_SUFFIXES.get(content[:2], '.img')}"
             (images / name).write_bytes(content)
@@ -146,5 +158,6 @@ def _enough(
         entries[key]["questions"].append(asdict(question))
         validating += entries[key]["validates"]
         last = question.group
+        begun.add(last)
         on_row(1)
     return [{"image": entry["image"], "questions": entry["questions"]} for entry in entries.values()]

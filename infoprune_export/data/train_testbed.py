@@ -23,6 +23,7 @@ from pathlib import Path
 
 import click
 
+from infoprune_export.artifacts import sha256_json
 from infoprune_export.data.training.batches import SceneStream
 from infoprune_export.data.training.families import FAMILIES
 from infoprune_export.data.training.loop import ANSWERS, DECODER, SPARSE, AnswerStage, train_answers, train_tower
@@ -68,10 +69,14 @@ def main(
         (seed + 2, answers(SPARSE)),
     )
     for number, (count, (stream_seed, train)) in enumerate(zip(steps, stages, strict=True), start=1):
-        finished = output.with_name(f"{output.name}.stage{number}-{count}-{seed}.safetensors")
+        # What a stage ends with depends on every stage before it.
+        key = sha256_json([name, steps[:number], images, pool, seed])[:12]
+        finished = output.with_name(f"{output.name}.stage{number}-{key}.safetensors")
         if not finished.exists():
             train(SceneStream(pool, stream_seed, family.scene_sizes), count)
-            save_model(model.half(), str(finished))
+            partial = finished.with_suffix(".partial")
+            save_model(model.half(), str(partial))
+            partial.replace(finished)
             model.float()
         load_model(model, str(finished))
         model.float()

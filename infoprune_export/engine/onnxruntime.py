@@ -82,6 +82,18 @@ def open_session(model: Path, target: Target, threads: int | None = None) -> Any
     return _runtime().InferenceSession(model, session_options(target, threads), providers=providers)
 
 
+def load_runtime(target: Target) -> None:
+    """Open and close a session on a target whose graph does nothing: what a process takes once, whatever it runs."""
+    from onnx import TensorProto, helper
+
+    value, result = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y"))
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "nothing", [value], [result])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    providers = list(runtime_target(target).providers)
+    session = _runtime().InferenceSession(model.SerializeToString(), session_options(target, 1), providers=providers)
+    session.run(None, {"x": np.zeros(1, np.float32)})
+
+
 def feed_of(session: Any, planned: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
     """Planned tensors as a session takes them: only its inputs, floats in its precision."""
     return {

@@ -74,8 +74,21 @@ def interleaved(
     clock: Clock = wall_clock,
 ) -> dict[str, Floats]:
     """Milliseconds of every call in every round, [rounds] each."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for index, taken in islice(_rounds(list(calls), kept_open(calls), warmup, clock), warmup + rounds):
+    return in_rounds(list(calls), kept_open(calls), rounds=rounds, warmup=warmup, on_round=on_round, clock=clock)
+
+
+def in_rounds(
+    names: Sequence[str],
+    open_calls: Opener,
+    *,
+    rounds: int,
+    warmup: int,
+    on_round: Callable[[int], None] = lambda index: None,
+    clock: Clock = wall_clock,
+) -> dict[str, Floats]:
+    """`interleaved` of what is opened anew for every block."""
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for index, taken in islice(_rounds(names, open_calls, warmup, clock), warmup + rounds):
         if index >= 0:
             for name, value in taken.items():
                 times[name].append(value)

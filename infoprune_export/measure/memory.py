@@ -26,7 +26,8 @@ def reset_peak() -> int:
         return status("VmRSS")
     except OSError as error:
         raise InfopruneError(
-            f"peak memory on a CPU needs Linux's {_CLEAR_REFS} ({error.strerror}); add --no-memory"
+            f"peak memory on a CPU needs Linux's {_CLEAR_REFS} ({error.strerror}); leave it out: --no-memory, or "
+            "--set bench.memory=false"
         ) from None
 
 
@@ -40,7 +41,10 @@ def status(field: str) -> int:
     for line in _STATUS.read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise InfopruneError(f"peak memory on a CPU needs {field} in {_STATUS}, which is not there; add --no-memory")
+    raise InfopruneError(
+        f"peak memory on a CPU needs {field} in {_STATUS}, which is not there; leave it out: --no-memory, or --set "
+        "bench.memory=false"
+    )
 
 
 def held_on_gpu() -> int:

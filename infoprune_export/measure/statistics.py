@@ -162,9 +162,16 @@ def clustered_mean(values: Floats, sizes: Sequence[int] | NDArray[np.int64]) -> 
     """Mean of per-question scores [questions] (or paired differences of them) and its standard error, in percent.
 
     Questions of one image are one cluster; `sizes` [images] says how many each has, in the order of the questions. With
-    deviations d_i from the mean and images c: SE = sqrt(sum_c (sum_{i in c} d_i)^2) / n (Liang and Zeger, Longitudinal
-    data analysis using generalized linear models, 1986).
+    deviations d_i from the mean and G images c: SE = sqrt(G / (G - 1) sum_c (sum_{i in c} d_i)^2) / n (Liang and Zeger,
+    Longitudinal data analysis using generalized linear models, 1986). Questions about a single image are taken as
+    independent, since nothing says how images differ; a single question says nothing, which is an error of 100.
     """
-    images = np.repeat(np.arange(len(sizes)), sizes)
-    sums = np.bincount(images, weights=values - values.mean(), minlength=len(sizes))
-    return 100 * float(values.mean()), 100 * math.sqrt(float(sums @ sums)) / len(values)
+    if len(values) == 1:
+        return 100 * float(values[0]), 100.0
+    sizes = [size for size in sizes if size]
+    if len(sizes) == 1:
+        sizes = [1] * len(values)
+    count = len(sizes)
+    sums = np.bincount(np.repeat(np.arange(count), sizes), weights=values - values.mean(), minlength=count)
+    error = math.sqrt(count / (count - 1) * float(sums @ sums)) / len(values)
+    return 100 * float(values.mean()), 100 * error

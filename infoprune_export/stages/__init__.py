@@ -12,11 +12,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from infoprune_export.pipeline import Stage
-from infoprune_export.recipe import Recipe
+from infoprune_export.recipe import Recipe, TensorRtTarget, engine_target
 from infoprune_export.stages.attribution import make_attribution
 from infoprune_export.stages.budget import budget_slice, make_budget
 from infoprune_export.stages.common import check_everything
@@ -83,7 +85,6 @@ def _variants_slice(recipe: Recipe) -> dict[str, Any]:
 
 def _target_slice(recipe: Recipe) -> dict[str, Any]:
     from infoprune_export.artifacts import sha256_file
-    from infoprune_export.recipe import TensorRtTarget, engine_target
 
     target = engine_target(recipe.engine)
     chosen: dict[str, Any] = {"target": target.model_dump(mode="json")}
@@ -92,6 +93,20 @@ def _target_slice(recipe: Recipe) -> dict[str, Any]:
         if target.plugin_library is not None and Path(target.plugin_library).is_file():
             chosen["plugin"] = sha256_file(Path(target.plugin_library))
     return chosen
+
+
+def _bench_slice(recipe: Recipe) -> dict[str, Any]:
+    chosen: dict[str, Any] = _sections("bench", "engine")(recipe)
+    chosen["target"] = engine_target(recipe.engine).model_dump(mode="json")
+    chosen["limits"] = {name: recipe.to_dict()["validate"][name] for name in _LIMITS}
+    if "openvino" in recipe.bench.against:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            chosen["openvino"] = metadata.version("openvino")
+    return chosen
+
+
+_LIMITS = ("onnx_tolerance", "min_cosine", "replay_tolerance")
+"""Of section validate: what outputs are held to before they are timed."""
 
 
 def _validation_slice(recipe: Recipe) -> dict[str, Any]:
@@ -171,7 +186,7 @@ STAGES: dict[str, Stage] = {
             _validation_slice,
             make_attribution,
         ),
-        Stage("bench", "latency measured", ("onnx", "checkpoint"), _sections("bench", "engine"), make_bench),
+        Stage("bench", "latency measured", ("onnx", "checkpoint"), _bench_slice, make_bench),
         Stage(
             "variants",
             "variants run",

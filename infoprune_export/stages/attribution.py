@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infoprune_export.artifacts import canonical_json
+from infoprune_export.errors import InfopruneError
 from infoprune_export.pipeline import Run
 from infoprune_export.recipe import OnnxRuntimeTarget, engine_target
-from infoprune_export.stages.common import open_checkpoint, read_json, read_plans
+from infoprune_export.stages.common import open_checkpoint, portable_files, read_json, read_plans
 from infoprune_export.stages.recovery import compressed_tower
 
 if TYPE_CHECKING:
@@ -30,22 +31,27 @@ def attribute_file(run: Run, file: Path, *, blocks: bool = True) -> dict[str, An
     """The same for a user's file of the run's encoder in place of the exported one.
 
     Raises:
-        InfopruneError: the file is no encoder of the same parts.
+        InfopruneError: the file is no encoder of the same parts, or cannot be run.
     """
     from infoprune_export.engine.onnxruntime import open_portable
     from infoprune_export.validate.attribution import attribute, check_foreign
+    from infoprune_export.validate.sweep_peer import one_line
 
     subject = subject_of(run)
     check_foreign(file, subject.precision or subject.onnx)
+    try:
+        engine = open_portable(file)
+    except Exception as error:  # (ONNX Runtime has a class for each of its codes)
+        raise InfopruneError(
+            f"{file}: ONNX Runtime cannot open it ({one_line(error)}); mend the graph, and keep its weights beside it"
+        ) from None
     step = "onnx" if subject.precision is None else "precision"
+    exported = {name: own for name, own in subject.engines.items() if name == "onnx"}
     theirs = replace(
         subject,
         onnx=file if subject.precision is None else subject.onnx,
         precision=None if subject.precision is None else file,
-        engines={
-            **{name: engine for name, engine in subject.engines.items() if name == "onnx"},
-            step: open_portable(file),
-        },
+        engines={**exported, step: engine},
         engine_file=None,
     )
     return dict(attribute(theirs, blocks=blocks))
@@ -68,12 +74,8 @@ def subject_of(run: Run) -> Subject:
         only_heads = writable_copy(run.original_on_cpu)
         apply_heads(only_heads.tower, heads, head_weights)
     by_plans = compressed_tower(run, recovered=False, on_cpu=True)
-    made, exact = run.folder_of("onnx"), recipe.export.numerics == "fp32"
-    file = made / ("compressed" if exact else "float") / MODEL
-    precision = None if exact else made / "compressed" / MODEL
-    engines: dict[str, Engine] = {"onnx": open_portable(file)}
-    if precision is not None:
-        engines["precision"] = open_portable(precision)
+    files = {step: run.folder_of("onnx") / name / MODEL for step, name in portable_files(recipe).items()}
+    engines: dict[str, Engine] = {step: open_portable(file) for step, file in files.items()}
     engines["engine"] = open_engine(run.folder_of("engine"), run.target)
     target = engine_target(recipe.engine)
     runtime = isinstance(target, OnnxRuntimeTarget)
@@ -88,8 +90,8 @@ def subject_of(run: Run) -> Subject:
         heads=heads,
         ffn=ffn,
         weights={**head_weights, **ffn_weights},
-        onnx=file,
-        precision=precision,
+        onnx=files["onnx"],
+        precision=files.get("precision"),
         engines=engines,
         engine_file=run.folder_of("engine") / ENGINE if runtime else None,
         providers=target.providers if isinstance(target, OnnxRuntimeTarget) else (),

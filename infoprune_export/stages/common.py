@@ -27,6 +27,13 @@ LAYER = "layer.json"
 # ── Shared by stages ─────────────────────────────────────────────────────────
 
 
+def portable_files(recipe: Recipe) -> dict[str, str]:
+    """Folders of stage ``onnx`` by the step they are judged at; ONNX Runtime's CPU provider cannot run bf16."""
+    if recipe.export.numerics == "fp32":
+        return {"onnx": "compressed"}
+    return {"onnx": "float"} if recipe.export.numerics == "bf16" else {"onnx": "float", "precision": "compressed"}
+
+
 def check_everything(run: Run, *, exporting: bool = True, building: bool = True, timing: bool = False) -> None:
     """Refuse, before anything is written, what would fail later: model, data, target, backend, device.
 

@@ -12,7 +12,7 @@ from infoprune_export.artifacts import canonical_json
 from infoprune_export.pipeline import Run, execute
 from infoprune_export.recipe import OnnxRuntimeTarget, Recipe, Target, TensorRtTarget, engine_target, variant_of
 from infoprune_export.stages.budget import ALLOCATION
-from infoprune_export.stages.common import open_checkpoint, read_decoder, read_json, read_plans
+from infoprune_export.stages.common import open_checkpoint, portable_files, read_decoder, read_json, read_plans
 from infoprune_export.stages.recovery import HISTORY, compressed_tower, read_recovery
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 GOLDEN = "golden.safetensors"
 SERVING = "serving"
 """Folder in an engine's, for servers."""
+SERVED = "vision_encoder"
+"""What servers call it. Not after the recipe: runs of several names may share one engine."""
 SCORES = "scores.json"
 
 # ── Export and engine ────────────────────────────────────────────────────────
@@ -110,7 +112,7 @@ def _write_serving(run: Run, folder: Path, model: Path, target: Target, profile:
 
     inputs, outputs = serving.tensors_of(model)
     served = serving.Serving(
-        run.recipe.name,
+        SERVED,
         inputs,
         outputs,
         gpu=not isinstance(target, OnnxRuntimeTarget) or target.providers[0] != "CPUExecutionProvider",
@@ -157,9 +159,7 @@ def _subject(run: Run) -> Any:
 
     heads, head_weights, ffn, ffn_weights = read_plans(run)
     # The exported files are judged on the portable provider, the engine on its own.
-    files = {"onnx": "compressed"}
-    if run.recipe.export.numerics != "fp32":
-        files = {"onnx": "float", "precision": "compressed"}
+    files = portable_files(run.recipe)
     made = {step: open_portable(run.folder_of("onnx") / name / MODEL) for step, name in files.items()}
     return Subject(
         recipe=run.recipe,

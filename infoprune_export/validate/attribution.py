@@ -164,12 +164,24 @@ def find_broken(subject: Subject, steps: Sequence[StepRow], parts: Sequence[Part
             return _broken_parts(subject, wrong)
     for row in steps:
         if not row["passed"]:
-            found = row["parity"]
-            error = None if found is None else found["relative_error"]
-            why = "every part is within its own limit, so small errors add up" if parts else "parts were not looked at"
-            reason = f"largest error {_text(error)} of the scale, limit {row['tolerance']:.1e}; {why}"
+            looked = any(part["step"] == row["step"] for part in parts)
+            why = "every part is within its own limit, so small errors add up" if looked else "parts were not looked at"
+            reason = f"{_step_reason(row)}; {why}"
             return [Broken(step=row["step"], part=WHOLE, reason=reason, nodes=[], overflow=[], fix=None)]
     return []
+
+
+def _step_reason(row: StepRow) -> str:
+    """All figures that a step is held to: which of them failed may be any."""
+    found = row["parity"]
+    error, cosine = (None, None) if found is None else (found["relative_error"], found["cosine"])
+    tolerance, least = row["tolerance"] or 0.0, row["min_cosine"] or 0.0
+    reason = f"largest error {_text(error)} of the scale (limit {tolerance:.1e})"
+    if cosine is not None and least:
+        reason += f", cosine {cosine:.6f} (limit {least:.6f})"
+    if row["kept_suboptimality"] is not None:
+        reason += f", kept tokens worse than the best by up to {row['kept_suboptimality']:.2g}"
+    return reason
 
 
 def _broken_parts(subject: Subject, wrong: Sequence[PartRow]) -> list[Broken]:
@@ -274,7 +286,7 @@ def check_foreign(file: Path, own: Path) -> None:
     """Refuse a file that is no encoder of the same parts.
 
     Raises:
-        InfopruneError: it cannot be read, takes other inputs, or lacks boundaries.
+        InfopruneError: it cannot be read, takes other inputs, lacks outputs or boundaries.
     """
     try:
         theirs = ir.load(file)
@@ -286,6 +298,14 @@ def check_foreign(file: Path, own: Path) -> None:
     if wrong := {value.name for value in theirs.graph.inputs} ^ {value.name for value in mine.graph.inputs}:
         raise InfopruneError(
             f"{file}: input {sorted(map(str, wrong))[0]!r} is on one side only; export the same encoder"
+        )
+    if lost := {value.name for value in mine.graph.outputs} - {value.name for value in theirs.graph.outputs}:
+        raise InfopruneError(f"{file}: output {min(map(str, lost))!r} is not there; keep the names of the outputs")
+    types = {value.name: value.dtype for value in mine.graph.inputs}
+    if changed := [value for value in theirs.graph.inputs if value.dtype != types[value.name]]:
+        raise InfopruneError(
+            f"{file}: input {changed[0].name!r} is {changed[0].dtype}, in the run it is {types[changed[0].name]}; "
+            "export the same encoder"
         )
     if not (found := boundaries_of(theirs)) or not set(found) & set(boundaries_of(mine)) - {FEATURES, KEPT}:
         raise InfopruneError(

@@ -15,15 +15,15 @@ import torch
 from numpy.typing import NDArray
 
 from infoprune_export.artifacts import library_versions
-from infoprune_export.engine.onnxruntime import feed_of
 from infoprune_export.measure.flops import count_flops
-from infoprune_export.measure.latency import Opener, Timing, interleaved, until_narrow
+from infoprune_export.measure.latency import Opener, Timing, in_rounds, until_narrow
 from infoprune_export.measure.machine import machine
+from infoprune_export.measure.memory import reset_peak
 from infoprune_export.measure.results import BenchResult, BenchRow, Parity, PeerRow, SelfResult, SelfRow
 from infoprune_export.measure.statistics import paired_ratio, percentiles, relative_width
 from infoprune_export.models.tower import Planned
 from infoprune_export.recipe import BenchSpec
-from infoprune_export.validate.bench_case import SIDES, BenchCase, Load, Side, check, reference_features
+from infoprune_export.validate.bench_case import SIDES, BenchCase, Load, check, reference_features
 from infoprune_export.validate.bench_memory import Prepare, memory_of
 from infoprune_export.validate.bench_running import Graph, Running, Sessions, clock_of, rounds_of
 from infoprune_export.validate.peers import Contender, contenders, title_of
@@ -32,19 +32,13 @@ Track = Callable[[str, int], Callable[[int], None]]
 
 
 def time_sessions(
-    sessions: Mapping[str, tuple[Any, Sequence[Planned]]], spec: BenchSpec, on_round: Callable[[int], None]
+    graphs: Mapping[str, tuple[Graph, Sequence[Planned]]], spec: BenchSpec, on_round: Callable[[int], None]
 ) -> dict[str, NDArray[np.float64]]:
-    """Interleaved milliseconds of ONNX Runtime sessions, each over its own calls; see `latency.interleaved`."""
-
-    def run_all(session: Any, feeds: Sequence[Mapping[str, Any]]) -> None:
-        for feed in feeds:
-            session.run(None, feed)
-
-    calls = {
-        name: partial(run_all, session, [feed_of(session, planned) for planned in calls])
-        for name, (session, calls) in sessions.items()
-    }
-    return interleaved(calls, rounds=spec.rounds, warmup=spec.warmup, on_round=on_round)
+    """Interleaved milliseconds of graphs of one device, each over its own calls; see `latency.in_rounds`."""
+    sessions = Sessions({name: graph for name, (graph, _) in graphs.items()})
+    opener = sessions.opener({name: calls for name, (_, calls) in graphs.items()})
+    clock = clock_of(next(iter(graphs.values()))[0].device)
+    return in_rounds(list(graphs), opener, rounds=spec.rounds, warmup=spec.warmup, on_round=on_round, clock=clock)
 
 
 def bench(prepare: Prepare, arguments: tuple[Any, ...], track: Track, case: BenchCase | None = None) -> BenchResult:
@@ -62,10 +56,12 @@ def bench(prepare: Prepare, arguments: tuple[Any, ...], track: Track, case: Benc
     """
     case = case or prepare(*arguments)
     spec = case.spec
+    if spec.memory and case.device == "cpu":
+        reset_peak()  # refused before anything is timed, where it cannot be measured
     threads = torch.get_num_threads()
     torch.set_num_threads(spec.threads)
     try:
-        sessions = Sessions({side: _graph(case, side) for side in SIDES})
+        sessions = Sessions({side: case.graph(side) for side in SIDES})
         sessions.open(SIDES)
         advance = track("peers prepared", len(spec.against)) if spec.against else lambda amount: None
         peers = contenders(case, spec.against, advance)
@@ -94,10 +90,6 @@ def bench(prepare: Prepare, arguments: tuple[Any, ...], track: Track, case: Benc
         "libraries": library_versions(),
         "rows": rows,
     }
-
-
-def _graph(case: BenchCase, side: Side) -> Graph:
-    return Graph(partial(case.open, side), case.device)
 
 
 def _row(case: BenchCase, sessions: Sessions, peers: Sequence[Contender], load: Load, track: Track) -> BenchRow:
@@ -193,7 +185,7 @@ def bench_self(case: BenchCase, track: Track) -> SelfResult:
     tell such differences now.
     """
     spec, names = case.spec, ("first", "second")
-    sessions = Sessions(dict.fromkeys(names, _graph(case, "original")))
+    sessions = Sessions(dict.fromkeys(names, case.graph("original")))
     rows: list[SelfRow] = []
     for size in spec.batch_sizes:
         opener = sessions.opener(dict.fromkeys(names, case.load(size).calls["original"]))

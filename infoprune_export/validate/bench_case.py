@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from infoprune_export.engine.base import Compatibility, Engine
-from infoprune_export.engine.onnxruntime import open_session
 from infoprune_export.export.onnx import MODEL
 from infoprune_export.measure.results import Parity
 from infoprune_export.models import tower_of
@@ -23,7 +22,7 @@ from infoprune_export.pipeline import load_vlm
 from infoprune_export.recipe import BenchSpec, ModelSpec, Recipe, Target, TokensSpec, load_target
 from infoprune_export.tokens.encoder import FEATURES, VisionEncoder, form_of
 from infoprune_export.validate import parity
-from infoprune_export.validate.bench_running import Arrays, Running, check_provider, device_of
+from infoprune_export.validate.bench_running import Arrays, Graph, Running, device_of, graph_of
 from infoprune_export.validate.sweep_cases import model_features
 
 Side = Literal["original", "compressed"]
@@ -101,9 +100,11 @@ class BenchCase:
         Raises:
             InfopruneError: the target's provider did not start.
         """
-        session = open_session(self.onnx / side / MODEL, self.target, threads=self.spec.threads)
-        check_provider(session, self.target)
-        return session
+        return self.graph(side).open()
+
+    def graph(self, side: Side) -> Graph:
+        """A side's exported graph."""
+        return graph_of(self.onnx / side / MODEL, self.target, self.spec.threads)
 
 
 def _language_weights(model: Any) -> list[nn.Parameter]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from infoprune_export.engine.onnxruntime import load_runtime
 from infoprune_export.errors import InfopruneError
 from infoprune_export.measure.memory import held_on_gpu, peak, reset_peak
 from infoprune_export.measure.results import Memory
@@ -24,9 +25,9 @@ Prepare = Callable[..., BenchCase]
 def memory_of(prepare: Prepare, arguments: tuple[Any, ...], peer: str | None, side: Side, batch_size: int) -> Memory:
     """Of a side in ONNX Runtime, or in a peer.
 
-    Weights are the growth of the resident size by opening the side, transients left out; where PyTorch runs what was
-    loaded before, they are counted. The call's bytes are the growth of the peak. On a GPU both are of what is in use on
-    the device, so nobody else may compute there.
+    Weights are the growth of the resident size by opening the side, transients and the runtime itself left out; where
+    PyTorch runs what was loaded before, they are counted. The call's bytes are the growth of the peak. On a GPU both
+    are of what is in use on the device, so nobody else may compute there.
 
     Raises:
         InfopruneError: the system does not tell, or ended the process, which it does when memory runs out.
@@ -52,17 +53,23 @@ def _measure(prepare: Prepare, arguments: tuple[Any, ...], name: str | None, sid
     on_gpu = case.device == "cuda"
     if on_gpu:
         torch.cuda.init()
+    if peer is None:
+        load_runtime(case.target)
+    else:
+        peer.load(case)
     before = held_on_gpu() if on_gpu else _resident()
     if peer is None:
         running = session_running(case.open(side), load.calls[side], case.device)
     else:
         running = peer.prepare(case, side)(load)
     opened = held_on_gpu() if on_gpu else _resident()
-    running.call()
-    most = held_on_gpu() if on_gpu else peak()
     weights = opened - before
     if peer is not None and peer.weights is not None and not on_gpu:
         weights = peer.weights(case, side)
+        running.call()  # (PyTorch may compile)
+        opened = _resident()
+    running.call()
+    most = held_on_gpu() if on_gpu else peak()
     return {"weights_bytes": max(0, weights), "call_bytes": max(0, most - opened)}
 
 

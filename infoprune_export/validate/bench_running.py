@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from infoprune_export.engine.onnxruntime import feed_of, runtime_target
+from infoprune_export.engine.onnxruntime import feed_of, open_session, runtime_target
 from infoprune_export.errors import InfopruneError
 from infoprune_export.measure.latency import Calls, Clock, Limits, Opener, cuda_clock, wall_clock
 from infoprune_export.models.tower import Planned
@@ -104,6 +105,17 @@ class Graph:
     open: Callable[[], Any]
     """Gives a session of ONNX Runtime."""
     device: str
+
+
+def graph_of(model: Path, target: Target, threads: int) -> Graph:
+    """An ONNX file on a target; opening it raises `InfopruneError` where the target's provider does not start."""
+
+    def open_checked() -> Any:
+        session = open_session(model, target, threads=threads)
+        check_provider(session, target)
+        return session
+
+    return Graph(open_checked, device_of(target))
 
 
 class Sessions:

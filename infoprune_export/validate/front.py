@@ -22,7 +22,6 @@ from infoprune_export.budget import cost
 from infoprune_export.budget.joint import Allocation, allocate_jointly
 from infoprune_export.data import dataset
 from infoprune_export.data.dataset import Split
-from infoprune_export.engine.onnxruntime import open_session
 from infoprune_export.errors import InfopruneError
 from infoprune_export.export.onnx import MODEL, export_onnx
 from infoprune_export.ffn.job import FfnJob
@@ -40,6 +39,7 @@ from infoprune_export.rewrite.surgery import apply_heads
 from infoprune_export.tokens.encoder import VisionEncoder
 from infoprune_export.validate.accuracy import estimate, split_answers, split_scores
 from infoprune_export.validate.bench import time_sessions
+from infoprune_export.validate.bench_running import graph_of
 from infoprune_export.validate.compare_structure import Track, drawn_split
 from infoprune_export.validate.plots import AFTER, ALERT, BEFORE, blank, tidy, to_svg
 
@@ -176,19 +176,18 @@ def _time(
     target = load_target(recipe.engine.target)
     inputs = inputs_of(vlm, split.calibration[: recipe.budget.images])
     inputs = {name: value.cpu() for name, value in inputs.items()}
-    sessions = {}
+    graphs = {}
     several = recipe.budget.images > 1
     for name, model in [("original", vlm), *((str(i), model) for i, model in enumerate(models))]:
         place = folder / name
         place.mkdir()
         tower = on_cpu(model).tower
         form = export_onnx(tower, None, place, opset=recipe.export.opset, several=several)
-        session = open_session(place / MODEL, target, threads=recipe.bench.threads)
-        sessions[name] = (session, tower.calls(inputs, form))
+        graphs[name] = (graph_of(place / MODEL, target, recipe.bench.threads), tower.calls(inputs, form))
     rounds = recipe.bench.rounds + recipe.bench.warmup
     advance = track("bench rounds", rounds)
     with torch.inference_mode():
-        return time_sessions(sessions, recipe.bench, lambda _: advance(1))
+        return time_sessions(graphs, recipe.bench, lambda _: advance(1))
 
 
 def _rows(

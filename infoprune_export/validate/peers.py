@@ -40,6 +40,8 @@ class Peer:
     """Exports or loads a side, once; what is returned puts the images of a batch size in place."""
     weights: Callable[[BenchCase, Side], int] | None = None
     """Bytes of the weights it runs with, where they are those that were loaded before; else they are measured."""
+    load: Callable[[BenchCase], None] = lambda case: None
+    """Loads what runs encoders, whose own memory is no encoder's."""
     own_limits: bool = True
     """Held to what peers are held to; else, as it runs our graphs, to what those are."""
 

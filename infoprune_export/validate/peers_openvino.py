@@ -110,4 +110,10 @@ def _feed(compiled: Any, planned: Mapping[str, Tensor]) -> Arrays:
     }
 
 
-OPENVINO = Peer("openvino", SIDES, _missing, _prepare, own_limits=False)
+def _load(case: BenchCase) -> None:
+    import openvino
+
+    openvino.Core().get_property("CPU", "FULL_DEVICE_NAME")
+
+
+OPENVINO = Peer("openvino", SIDES, _missing, _prepare, load=_load, own_limits=False)

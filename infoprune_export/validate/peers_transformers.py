@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from infoprune_export.engine.onnxruntime import runtime_target, session_options
+from infoprune_export.engine.onnxruntime import load_runtime, runtime_target, session_options
 from infoprune_export.models.qwen import QwenTower
 from infoprune_export.validate.bench_case import BenchCase, Side
 from infoprune_export.validate.bench_running import module_running
@@ -37,4 +37,8 @@ def _prepare(case: BenchCase, side: Side) -> Start:
     return lambda load: module_running(own, [case.typed(load.inputs)], case.device)
 
 
-TRANSFORMERS = Peer("transformers", ("original",), _missing, _prepare)
+def _load(case: BenchCase) -> None:
+    load_runtime(case.target)
+
+
+TRANSFORMERS = Peer("transformers", ("original",), _missing, _prepare, load=_load)

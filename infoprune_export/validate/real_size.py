@@ -16,7 +16,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from infoprune_export.engine.onnxruntime import feed_of, open_session
+from infoprune_export.engine.onnxruntime import feed_of
 from infoprune_export.export.onnx import MODEL, export_module, export_onnx
 from infoprune_export.export.quantize import quantize_int8
 from infoprune_export.measure.flops import count_flops
@@ -30,6 +30,7 @@ from infoprune_export.tokens.encoder import FEATURES, VisionEncoder
 from infoprune_export.tokens.select import keep_count
 from infoprune_export.validate.bench import Track, time_sessions
 from infoprune_export.validate.bench_case import SIDES, BenchCase, Side, case_of
+from infoprune_export.validate.bench_running import Graph, graph_of
 from infoprune_export.validate.parity import compare
 
 _TOWER = "clip-l-336"
@@ -102,15 +103,12 @@ def selection_cost(case: BenchCase, track: Track) -> dict[str, Any]:
             (root / name).mkdir()
         export_onnx(original, tokens, root / "selecting", opset=_OPSET)
         export_module(_FirstTokens(original, keep), original, Form(), [FEATURES], root / "first", opset=_OPSET)
-        sessions = {
-            name: open_session(root / name / MODEL, case.target, threads=spec.threads)
-            for name in ("first", "selecting")
-        }
         calls = original.calls(original.example_inputs(1, torch.Generator().manual_seed(0)), Form())
+        graphs = {
+            name: (graph_of(root / name / MODEL, case.target, spec.threads), calls) for name in ("first", "selecting")
+        }
         advance = track("rounds with and without selection", spec.rounds + spec.warmup)
-        times = time_sessions(
-            {name: (session, calls) for name, session in sessions.items()}, spec, lambda index: advance(1)
-        )
+        times = time_sessions(graphs, spec, lambda index: advance(1))
     ratio = paired_ratio(times["selecting"], times["first"])
     return {
         "tokens": 576,
@@ -148,25 +146,28 @@ def speed_table(
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
         root, flops = Path(scratch), dict[str, int]()
-        sessions: dict[str, Any] = {}
+        graphs: dict[str, Graph] = {}
         for variant, (heads, neurons) in VARIANTS.items():
             tower = tower_of(random_model(name, blocks))
             prune_evenly(tower, heads, neurons, _ROUND_TO)
-            if not sessions:
+            if not graphs:
                 images = _images(tower, side, 5, generator)
                 planned = tower.plan(images[0], form)
             (root / variant).mkdir()
             export_onnx(tower, None, root / variant, opset=20, several=form.several)
             flops[variant] = count_flops(VisionEncoder(tower, None, form.several), planned)
-            sessions[variant] = open_session(root / variant / MODEL, target, threads=spec.threads)
+            graphs[variant] = graph_of(root / variant / MODEL, target, spec.threads)
         (root / "int8").mkdir()
         feeds = ({k: v.numpy() for k, v in tower.plan(image, form).items()} for image in images[1:])
         quantize_int8(root / "both", root / "int8", feeds)
-        sessions["int8"] = open_session(root / "int8" / MODEL, target, threads=spec.threads)
-        times = time_sessions({key: (session, [planned]) for key, session in sessions.items()}, spec, on_round)
-        outputs = {key: sessions[key].run([FEATURES], feed_of(sessions[key], planned))[0] for key in ("both", "int8")}
+        graphs["int8"] = graph_of(root / "int8" / MODEL, target, spec.threads)
+        times = time_sessions({key: (graph, [planned]) for key, graph in graphs.items()}, spec, on_round)
+        outputs = {}
+        for key in ("both", "int8"):
+            session = graphs[key].open()
+            outputs[key] = session.run([FEATURES], feed_of(session, planned))[0]
     rows = []
-    for variant in sessions:
+    for variant in graphs:
         speedup = paired_ratio(times["dense"], times[variant])
         row: dict[str, Any] = {
             "tower": name,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from infoprune_export.measure.statistics import NORMAL_95, clustered_mean
+from infoprune_export.measure.statistics import CONFIDENCE, NORMAL_95, clustered_mean
 from infoprune_export.validate import report_compare_schema as schema
 from infoprune_export.validate import report_schema
 from infoprune_export.validate.report_runs import FinishedRun
@@ -29,7 +29,7 @@ def compare(a: FinishedRun, b: FinishedRun) -> schema.Comparison:
         sizes=_sizes(a.report, b.report),
         accuracy=_accuracy(a, b),
         parity=_parity(a.report.parity, b.report.parity),
-        latency=_latency(a.report.bench, b.report.bench),
+        latency=_latency(a.report.bench, b.report.bench, _same_original(a, b)),
         libraries=differences(a.report.libraries, b.report.libraries),
         machine=differences(_machine(a.report.bench), _machine(b.report.bench)),
     )
@@ -201,21 +201,46 @@ def _machine(bench: report_schema.Bench) -> dict[str, Any]:
     }
 
 
-def _latency(a: report_schema.Bench, b: report_schema.Bench) -> schema.Latency:
+DRIFT = 1.03
+"""Times that one graph may differ by between two runs before their milliseconds are not compared any more."""
+
+
+def _same_original(a: FinishedRun, b: FinishedRun) -> bool:
+    """Whether both runs timed one and the same graph of the original."""
+    return dict(a.model) == dict(b.model) and a.report.recipe["export"] == b.report.recipe["export"]
+
+
+def _latency(a: report_schema.Bench, b: report_schema.Bench, same_original: bool) -> schema.Latency:
     apart = [
         *differences(_machine(a), _machine(b)),
         *differences(a.libraries, b.libraries),
     ]
     warnings = [f"{found.key}: A {_said(found.a)}, B {_said(found.b)}" for found in apart]
     rows_b = {row.batch_size: row for row in b.rows}
-    rows = [_latency_row(row, rows_b[row.batch_size], not apart) for row in a.rows if row.batch_size in rows_b]
+    pairs = [(row, rows_b[row.batch_size]) for row in a.rows if row.batch_size in rows_b]
+    drifted = [_drift(*pair) for pair in pairs] if same_original and not apart else []
+    warnings += [
+        f"batch {row.batch_size}: the original itself took {drift:.2f} times as long in B, so the machine had changed"
+        for (row, _), drift in zip(pairs, drifted, strict=False)
+        if drift is not None
+    ]
+    comparable = not apart and not any(drifted)
+    rows = [_latency_row(*pair, comparable) for pair in pairs]
     for label, machine in (("A", a.machine), ("B", b.machine)):
         if machine.load is not None and machine.cores is not None and machine.load > machine.cores:
             warnings.append(f"{label} was measured while {machine.load:.1f} processes shared {machine.cores} cores")
     only = sorted({row.batch_size for row in a.rows} ^ set(rows_b))
     if only:
         warnings.append(f"batch size{'s' if len(only) > 1 else ''} {', '.join(map(str, only))}: in one run only")
-    return schema.Latency(comparable=not apart, warnings=warnings, rows=rows)
+    return schema.Latency(comparable=comparable, warnings=warnings, rows=rows)
+
+
+def _drift(a: report_schema.BenchRow, b: report_schema.BenchRow) -> float | None:
+    """How much longer the original took in B, if that is more than `DRIFT` either way and no chance."""
+    found = ratio(_median(b.milliseconds["original"]), _median(a.milliseconds["original"]))
+    large = not 1 / DRIFT <= found.value <= DRIFT
+    by_chance = found.low is not None and found.high is not None and found.low <= 1 <= found.high
+    return found.value if large and not by_chance else None
 
 
 def _said(value: Any) -> str:
@@ -228,9 +253,7 @@ def _latency_row(a: report_schema.BenchRow, b: report_schema.BenchRow, comparabl
         for side in ("original", "compressed")
         for label, row in (("a", a), ("b", b))
     }
-    speedup_a, speedup_b = (
-        schema.Within(value=row.speedup.median, low=row.speedup.low, high=row.speedup.high) for row in (a, b)
-    )
+    speedup_a, speedup_b = (_speedup(row.speedup) for row in (a, b))
     return schema.LatencyRow(
         batch_size=a.batch_size,
         **medians,
@@ -239,6 +262,12 @@ def _latency_row(a: report_schema.BenchRow, b: report_schema.BenchRow, comparabl
         faster=ratio(medians["compressed_a"], medians["compressed_b"]) if comparable else None,
         speedup_ratio=ratio(speedup_b, speedup_a),
     )
+
+
+def _speedup(found: report_schema.Ratio) -> schema.Within:
+    """Without bounds where they cover less than 95%."""
+    known = found.confidence >= CONFIDENCE
+    return schema.Within(value=found.median, low=found.low if known else None, high=found.high if known else None)
 
 
 def _median(times: report_schema.Percentiles) -> schema.Within:

@@ -111,7 +111,8 @@ class LatencyRow(Part):
 
 class Latency(Part):
     comparable: bool
-    """Same machine, libraries, provider and threads, as far as recorded."""
+    """Same machine, libraries, provider and threads, as far as recorded, and the original, where both timed the same
+    graph of it, was as fast in both."""
     warnings: list[str]
     rows: list[LatencyRow]
     """Of batch sizes that both runs measured."""

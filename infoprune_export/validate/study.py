@@ -53,7 +53,7 @@ def study(
 
     With several `workers` points are made beside each other in processes, with `ray` by the cluster at that address
     (``local`` for one that is started here). With `bench` every point gets a bench stage of its own too, one after
-    another when all are made.
+    another when all else is done.
 
     Raises:
         InfopruneError: the recipe has no grid; no point could be made; see also `execute` and `study_ray`.
@@ -78,9 +78,6 @@ def study(
         made = [place for place in range(len(points)) if place not in refused]
         if not made:
             raise InfopruneError(f"no point could be made; {points[0].name}: {refused[0]}")
-        if bench:
-            for place in made:
-                execute(Run(points[place].recipe, folders[place], progress), STAGES, "bench")
         timings = time_points(
             load_vlm(recipe.model, "cpu").tower,
             {points[place].name: (points[place].recipe, folders[place] / "onnx") for place in made},
@@ -90,6 +87,9 @@ def study(
         result = summarize(recipe, points, folders, refused, timings)
         write_text(folder / RESULT, canonical_json(result))
         write_text(folder / PICTURE, draw(result))
+        if bench:
+            for place in made:
+                execute(Run(points[place].recipe, folders[place], progress), STAGES, "bench")
     finally:
         lock.release()
     return result

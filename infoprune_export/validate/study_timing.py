@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from infoprune_export.engine.onnxruntime import open_session
 from infoprune_export.export.onnx import MODEL
 from infoprune_export.measure.latency import Limits, Timing, until_narrow, wall_clock
 from infoprune_export.models.tower import Form, VisionTower
-from infoprune_export.recipe import BenchSpec, Recipe, Target, load_target
+from infoprune_export.recipe import BenchSpec, Recipe, load_target
 from infoprune_export.tokens.encoder import VisionEncoder, form_of
 from infoprune_export.validate.bench import Track
-from infoprune_export.validate.bench_running import Graph, Sessions, check_provider, clock_of, device_of
+from infoprune_export.validate.bench_running import Graph, Sessions, clock_of, graph_of
 
 ORIGINAL = "original"
 """No point is called so: names of points have a value in them."""
@@ -67,14 +64,7 @@ def _graphs(
     wanted |= {name: (recipe, onnx / "compressed") for name, (recipe, onnx) in runs.items()}
     graphs, forms = {}, {}
     for name, (recipe, place) in wanted.items():
-        target = load_target(recipe.engine.target)
         several = form_of(tower, recipe.tokens, recipe.export.several).several
-        graphs[name] = Graph(partial(_open, place / MODEL, target, spec.threads), device_of(target))
+        graphs[name] = graph_of(place / MODEL, load_target(recipe.engine.target), spec.threads)
         forms[name] = VisionEncoder(tower, None if name == ORIGINAL else recipe.tokens, several).form
     return graphs, forms
-
-
-def _open(model: Path, target: Target, threads: int) -> Any:
-    session = open_session(model, target, threads=threads)
-    check_provider(session, target)
-    return session

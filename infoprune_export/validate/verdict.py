@@ -139,7 +139,7 @@ def _engine_parity(subject: Subject) -> list[Parity]:
     parities = []
     for step, engine in subject.engines.items():
         # Beside a typed or INT8 graph the fp32 one is held to fp32's limits.
-        exact = "precision" in subject.engines and step == "onnx"
+        exact = step == "onnx" and export.numerics != "fp32"
         tolerance, cosine = LIMITS["fp32"] if exact else limits_of(subject.recipe)
         parities += [
             encoder_parity(

@@ -263,6 +263,26 @@ def test_vqav2_that_is_not_named_is_asked_as_it_stands(tmp_path):
     assert dataset.read(bare).max_new_tokens == 8
 
 
+def test_an_image_that_is_there_twice_is_refused(tmp_path):
+    spec = vqav2(tmp_path / "vqa")
+    (one, *_) = sorted(Path(spec.images).iterdir())
+    (Path(spec.images) / "thumbnails").mkdir()
+    shutil.copy(one, Path(spec.images) / "thumbnails" / one.name)
+    refused(spec, f"{one.name} and thumbnails/{one.name} are both image", "keep one of the two")
+    spec = mme(tmp_path / "mme")
+    one = next(path for path in Path(spec.images).rglob("*") if path.suffix in (".png", ".jpg"))
+    shutil.copy(one, one.with_suffix(".webp"))
+    refused(spec, "are both image", "keep one of the two")
+
+
+def test_the_questions_of_mme_are_among_the_users_files(tmp_path):
+    """A corrected answer must make the run's stages again."""
+    files = dataset.own_files(mme(tmp_path))
+    texts = set(tmp_path.rglob("*.txt"))
+    assert texts
+    assert texts <= set(files)
+
+
 def test_textvqa_groups_questions_by_image(tmp_path):
     samples = read(textvqa(tmp_path))
     assert [[q.id for q in sample.questions] for sample in samples] == [["34602", "34610"], ["34603"]]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from infoprune_export.data import dataset, hub
 from infoprune_export.data.formats import FORMATS, format_of
-from infoprune_export.data.samples import open_image
+from infoprune_export.data.samples import Question, Sample, open_image
 from infoprune_export.errors import InfopruneError
 from infoprune_export.recipe import DataSpec
 
@@ -102,6 +102,30 @@ def test_a_release_gives_as_many_images_and_questions_as_are_needed(tmp_path, na
     assert known.instruction in asked[0].text
     assert known.score(asked, [question.answers[0] for question in asked]).tolist() == [1.0] * len(asked)
     assert dataset.own_files(spec)[0].suffix == ".parquet"
+
+
+def test_rotations_far_down_a_split_are_found_for_items_that_were_begun(tmp_path):
+    """MMBench's stand behind all plain rows: without them its circular accuracy would be that of single rows."""
+    order = [f"{item}" for item in range(20)] + [f"{item + 1_000_000}" for item in range(20)]
+
+    def pairs():
+        for index in order:
+            item = str(int(index) % 1_000_000)
+            yield item, png(int(item))["bytes"], Question("?", ("A",), id=index, choices=("a", "b"), group=item)
+
+    spec = DataSpec(format="mmbench", hub="h", calibration_images=2, validation_questions=3)
+    entries = hub._enough(pairs(), spec, tmp_path, lambda rows: None, scattered=format_of("mmbench").hub.scattered)
+    assert len(entries) == len(list((tmp_path / "images").iterdir())) == 5
+    for item, entry in enumerate(entries):
+        assert [question["id"] for question in entry["questions"]] == [f"{item}", f"{item + 1_000_000}"]
+
+
+@pytest.mark.parametrize(("fetched", "calibrate"), [(12, 8), (9, 8), (8, 4), (3, 1)])
+def test_of_what_was_fetched_as_many_calibrate_as_were_asked_for(tmp_path, monkeypatch, fetched, calibrate):
+    samples = [Sample(tmp_path / f"{n}.png", (Question("?", ("A",)),)) for n in range(fetched)]
+    monkeypatch.setattr(hub, "read_fetched", lambda folder: samples)
+    split = dataset.read(DataSpec(format="gqa", hub="h", calibration_images=8), tmp_path)
+    assert (len(split.calibration), len(split.validation)) == (calibrate, fetched - calibrate)
 
 
 @needs_datasets

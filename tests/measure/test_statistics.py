@@ -137,7 +137,15 @@ def test_the_error_of_a_clustered_mean_is_that_of_its_images():
     # Departures from 0.5: 0.5, 0.5 | -0.5, 0.5 | -0.5, -0.5; sums over images 1, 0, -1.
     percent, error = clustered_mean(np.array([1.0, 1, 0, 1, 0, 0]), [2, 2, 2])
     assert percent == 50
-    assert error == pytest.approx(100 * math.sqrt(2) / 6)
+    assert error == pytest.approx(100 * math.sqrt(3 / 2 * 2) / 6)
+
+
+def test_one_image_gives_no_certainty():
+    """Departures of a single cluster always sum to zero."""
+    values = np.array([1.0, 0, 0, 1, 0, 1, 1])
+    assert clustered_mean(values, [7]) == clustered_mean(values, [1] * 7)
+    assert clustered_mean(values, [0, 7, 0])[1] > 15
+    assert clustered_mean(np.array([1.0]), [1]) == (100.0, 100.0)
 
 
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=30), st.integers(0, 2**32 - 1), st.integers(2, 4))

@@ -305,6 +305,37 @@ def test_a_foreign_file_without_the_names_is_refused(made, tmp_path):
         check_foreign(tmp_path / "bare" / MODEL, subject.onnx)
 
 
+def test_a_foreign_file_of_other_outputs_or_types_is_refused(made, tmp_path):
+    subject = made("llava")
+    model = onnx.load(subject.onnx, load_external_data=False)
+    kept = [value for value in model.graph.output if value.name != "kept_indices"]
+    del model.graph.output[:]
+    model.graph.output.extend(kept)
+    (tmp_path / "lost.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(InfopruneError, match="output 'kept_indices' is not there"):
+        check_foreign(tmp_path / "lost.onnx", subject.onnx)
+    model = onnx.load(subject.onnx, load_external_data=False)
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    (tmp_path / "double.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(InfopruneError, match="input 'pixel_values' is DOUBLE, in the run it is FLOAT"):
+        check_foreign(tmp_path / "double.onnx", subject.onnx)
+
+
+def test_a_step_whose_parts_nobody_looked_at_says_so_and_names_every_figure(made):
+    """As a TensorRT engine's, which does not show what is inside."""
+    subject = made("llava")
+    parity = {"cosine": 0.9, "norm_ratio": 1.0, "relative_error": 1e-6, "case": "1 image"}
+    row = {"step": "engine", "passed": False, "parity": parity, "tolerance": 1e-4, "min_cosine": 0.999999}
+    row["kept_suboptimality"] = 0.02
+    (found,) = find_broken(subject, [row], [{"step": "onnx", "passed": True}])
+    assert found["reason"] == (
+        "largest error 1.0e-06 of the scale (limit 1.0e-04), cosine 0.900000 (limit 0.999999), kept tokens worse than "
+        "the best by up to 0.02; parts were not looked at"
+    )
+    (found,) = find_broken(subject, [row], [{"step": "engine", "passed": True}])
+    assert found["reason"].endswith("; every part is within its own limit, so small errors add up")
+
+
 # ── fp16 ──
 
 

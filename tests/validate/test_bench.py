@@ -27,7 +27,7 @@ from infoprune_export.models import tower_of
 from infoprune_export.recipe import TokensSpec, load_recipe, read_recipe
 from infoprune_export.recipe.delivery import BenchSpec, PeerName
 from infoprune_export.tokens.encoder import FEATURES
-from infoprune_export.validate import bench_memory, peers, peers_openvino
+from infoprune_export.validate import bench_memory, bench_running, peers, peers_openvino
 from infoprune_export.validate.bench import bench, bench_self
 from infoprune_export.validate.bench_case import BenchCase, case_of, case_of_run, check, reference_features
 from infoprune_export.validate.bench_running import Running, device_of, session_running
@@ -206,6 +206,36 @@ def test_pytorch_compiled_or_not_computes_what_it_is_compared_with(monkeypatch, 
         assert seconds > 0
 
 
+def test_compiled_code_of_one_side_is_not_thrown_away_for_the_other(monkeypatch):
+    """Or the first counted round would compile it again."""
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    case = tower_case("llava")
+    found = contenders(case, ["compile"], lambda amount: None)
+    for size, expected in ((1, 1), (2, 2)):
+        for one in found:
+            one.start(case.load(size))
+        assert len(resets) == expected
+
+
+def test_what_is_measured_is_part_of_the_stages_key(tmp_path):
+    from infoprune_export.stages import STAGES
+
+    def key(*settings):
+        return STAGES["bench"].recipe_slice(load_recipe("quickstart", settings))
+
+    target = tmp_path / "mine.yaml"
+    text = (Path(__file__).parents[2] / "engines" / "targets" / "onnxruntime-cpu.yaml").read_text(encoding="utf-8")
+    target.write_text(text, encoding="utf-8")
+    mine = f"engine.target={target}"
+    before = key(mine)
+    target.write_text(f"{text}graph_optimization: basic\n", encoding="utf-8")
+    assert key(mine) != before
+    assert key() != key("validate.onnx_tolerance=0.5"), "what outputs are held to"
+    assert key() == key("validate.max_accuracy_drop=1")
+
+
 def test_a_peers_copy_has_no_language_model_and_changes_nothing():
     case = tower_case("qwen2.5-vl")
     model = case.towers["original"].model
@@ -291,18 +321,18 @@ def test_the_graph_against_itself_says_whether_1_is_in_the_interval(case, monkey
 def test_sessions_are_opened_for_every_block_on_a_cpu_and_kept_on_a_gpu(case, monkeypatch, device, times):
     """Those of before are closed first, or there would be twice the memory and the same luck again."""
     opened, alive = [], weakref.WeakSet()
-    original = BenchCase.open
+    original = bench_running.open_session
 
-    def open_(self, side):
+    def open_session(model, *arguments, **options):
         assert len(alive) < 2
-        opened.append(side)
-        session = original(self, side)
+        opened.append(model.parent.name)
+        session = original(model, *arguments, **options)
         alive.add(session)
         return session
 
-    monkeypatch.setattr(BenchCase, "open", open_)
-    monkeypatch.setattr(BenchCase, "device", device)
-    monkeypatch.setattr("infoprune_export.validate.bench_running._bound", lambda *a: session_running(*a[:2], "cpu"))
+    monkeypatch.setattr(bench_running, "open_session", open_session)
+    monkeypatch.setattr(bench_running, "device_of", lambda target: device)
+    monkeypatch.setattr(bench_running, "_bound", lambda *a: session_running(*a[:2], "cpu"))
     monkeypatch.setattr("infoprune_export.validate.bench.clock_of", lambda device: wall_clock)
     result = bench_self(with_spec(case, rounds=24, max_rounds=24), Lines())
     assert opened == ["original", "original"] * times
@@ -311,8 +341,12 @@ def test_sessions_are_opened_for_every_block_on_a_cpu_and_kept_on_a_gpu(case, mo
 
 def test_both_sides_are_opened_first_equally_often(case, monkeypatch):
     opened = []
-    original = BenchCase.open
-    monkeypatch.setattr(BenchCase, "open", lambda self, side: opened.append(side) or original(self, side))
+    original = bench_running.open_session
+    monkeypatch.setattr(
+        bench_running,
+        "open_session",
+        lambda model, *a, **o: opened.append(model.parent.name) or original(model, *a, **o),
+    )
     bench(None, (), Lines(), with_spec(case, rounds=16, max_rounds=16))
     assert opened[:2] == ["original", "compressed"]  # for the parity of both, were there peers
     pairs = [opened[i : i + 2] for i in range(2, 10, 2)]
@@ -369,6 +403,46 @@ def test_memory_is_asked_for_every_side_that_was_timed(case, monkeypatch):
     assert "3.0" in printed(console.print_bench, result)
 
 
+def test_the_runtime_itself_is_not_counted(case, monkeypatch):
+    held = []
+
+    def prepare(case, side):
+        held.append(np.ones(4 * MIB, np.uint8))
+        return lambda load: Running(lambda: None, list)
+
+    large = Peer("torch", ("original",), lambda case: None, prepare, load=lambda case: held.append(np.ones(64 * MIB)))
+    monkeypatch.setattr(bench_memory, "peer_of", lambda name: large)
+    assert bench_memory._measure(lambda: case, (), "large", "original", 1)["weights_bytes"] < 8 * MIB
+    loaded = []
+    monkeypatch.setattr(bench_memory, "load_runtime", lambda target: loaded.append(target.name))
+    bench_memory._measure(lambda: case, (), None, "original", 1)
+    assert loaded == ["onnxruntime-cpu"]
+
+
+def test_what_compiling_takes_is_not_what_a_call_takes(case, monkeypatch):
+    def prepare(case, side):
+        calls = []
+
+        def call():
+            calls.append(1)
+            np.ones((64 if len(calls) == 1 else 8) * MIB, np.uint8).sum()
+
+        return lambda load: Running(call, list)
+
+    compiled = Peer("torch", ("original",), lambda case: None, prepare, weights=lambda case, side: 5)
+    monkeypatch.setattr(bench_memory, "peer_of", lambda name: compiled)
+    assert bench_memory._measure(lambda: case, (), "compiled", "original", 1)["call_bytes"] < 20 * MIB
+
+
+def test_memory_that_cannot_be_measured_is_refused_before_anything_is_timed(case, monkeypatch, tmp_path):
+    monkeypatch.setattr("infoprune_export.measure.memory._CLEAR_REFS", tmp_path / "nothing" / "clear_refs")
+    track = Lines()
+    spec = case.spec.model_copy(update={"memory": True})
+    with pytest.raises(InfopruneError, match=r"--set bench\.memory=false"):
+        bench("prepare", (), track, dataclasses.replace(case, spec=spec))
+    assert track.lines == {}
+
+
 # ── Command ──────────────────────────────────────────────────────────────────
 
 
@@ -399,6 +473,7 @@ def test_mistakes_are_one_line_and_leave_no_folder(tmp_path, arguments, word):
         (["--against", "openvino", "--against", "eager"], ("onnxruntime-cpu", ("openvino", "eager"), False)),
         (["--device", "cuda"], ("onnxruntime-cuda", (), False)),
         (["--target", "onnxruntime-cuda"], ("onnxruntime-cuda", (), False)),
+        (["--device", "cuda", "--target", "onnxruntime-cpu"], ("onnxruntime-cpu", (), False)),
     ],
 )
 def test_options_become_the_recipes_keys(monkeypatch, arguments, expected):

@@ -108,7 +108,7 @@ def test_paired_differences_are_taken_question_by_question(pair):
     # Changes 0, 1, 0, -.5: mean .125; sums over images of what departs from it: .75, -.125, -.625.
     change = steps["heads"].difference
     assert change.percent == pytest.approx(12.5)
-    assert change.standard_error == pytest.approx(100 * np.sqrt(0.75**2 + 0.125**2 + 0.625**2) / 4)
+    assert change.standard_error == pytest.approx(100 * np.sqrt(3 / 2 * (0.75**2 + 0.125**2 + 0.625**2)) / 4)
     assert change.high - change.percent == pytest.approx(1.96 * change.standard_error, rel=1e-4)
     assert change.percent - change.low == pytest.approx(1.96 * change.standard_error, rel=1e-4)
     assert steps["ffn"].difference is None, "no scores of it, so nothing to pair"
@@ -191,16 +191,53 @@ def test_a_ratio_of_two_measurements_carries_both_intervals():
 def test_speed_is_compared_in_both_measures(pair):
     sides, compare = pair
     times = bench(2.4)
-    for side in times["rows"][0]["milliseconds"].values():
-        side["p50"] *= 2
-        side["intervals"] = {}
+    compressed = times["rows"][0]["milliseconds"]["compressed"]
+    compressed["p50"] *= 2
+    compressed["intervals"] = {}
     sides["b"]["inputs"]["bench"] = times
+    sides["b"]["inputs"]["recipe"]["export"]["precision"] = "fp16"  # so its original is another graph
     (row,) = compare().latency.rows
     assert (row.compressed_a.value, row.compressed_b.value) == (2.0, 4.0)
     assert row.faster.value == 0.5
     assert row.faster.low is None
     assert row.speedup_ratio.value == pytest.approx(2.4 / 1.9)
     assert row.speedup_ratio.low < 2.4 / 1.9 < row.speedup_ratio.high
+
+
+@pytest.mark.parametrize(
+    ("times", "interval", "precision", "comparable"),
+    [
+        (1.3, (1.2, 1.4), "fp32", False),
+        (1.3, None, "fp32", False),
+        (1.3, (0.9, 1.9), "fp32", True),
+        (1.02, (1.01, 1.03), "fp32", True),
+        (1.3, (1.2, 1.4), "fp16", True),  # another graph, so its time says nothing of the machine
+    ],
+)
+def test_milliseconds_are_not_compared_when_the_original_was_not_as_fast(times, interval, precision, comparable, pair):
+    """As another job or a hotter machine makes it; speed-ups within each run still are."""
+    sides, compare = pair
+    before, after = (sides[name]["inputs"]["bench"]["rows"][0]["milliseconds"]["original"] for name in "ab")
+    middle = before["p50"]
+    before["intervals"] = {"p50": {"low": middle, "high": middle}}
+    after["p50"] = times * middle
+    after["intervals"] = {}
+    if interval is not None:
+        after["intervals"] = {"p50": {"low": interval[0] * middle, "high": interval[1] * middle}}
+    sides["b"]["inputs"]["recipe"]["export"]["precision"] = precision
+    latency = compare().latency
+    assert latency.comparable is comparable
+    assert (latency.rows[0].faster is None) is not comparable
+    said = any("the original itself took 1.30 times as long in B" in line for line in latency.warnings)
+    assert said is not comparable
+
+
+def test_a_speed_up_that_few_rounds_give_has_no_bounds(pair):
+    sides, compare = pair
+    sides["b"]["inputs"]["bench"]["rows"][0]["speedup"]["confidence"] = 0.75
+    (row,) = compare().latency.rows
+    assert (row.speedup_b.low, row.speedup_b.high, row.speedup_ratio.low) == (None, None, None)
+    assert row.speedup_a.low is not None
 
 
 @pytest.mark.parametrize(

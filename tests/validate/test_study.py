@@ -117,6 +117,22 @@ def test_the_command_resumes_makes_nothing_again_and_ends_with_1(swept, tmp_path
 # ── Refusals ─────────────────────────────────────────────────────────────────
 
 
+def test_a_bench_that_fails_comes_after_everything_is_written(swept, monkeypatch):
+    from infoprune_export.validate import study as module
+
+    seen = []
+
+    def fail(run, stages, last):
+        seen.append(((swept.folder / RESULT).is_file(), last))
+        raise InfopruneError("no memory")
+
+    monkeypatch.setattr(module, "execute", fail)
+    (swept.folder / RESULT).unlink()
+    with pytest.raises(InfopruneError, match="no memory"):
+        study(swept.recipe, swept.folder, Progress(disable=True), bench=True)
+    assert seen == [(True, "bench")]
+
+
 def test_a_second_sweep_in_the_same_folder_is_refused(swept):
     with FileLock(swept.folder / ".lock"), pytest.raises(InfopruneError, match="another sweep is at work here"):
         study(swept.recipe, swept.folder, Progress(disable=True))

@@ -36,6 +36,8 @@ class HubSource:
     config: str | None = None
     images: str | None = None
     """A second configuration that has the images, by ``id``; without it every row has its own."""
+    scattered: bool = False
+    """Rows of one group may be anywhere in the split, which is then read to its end; else they are neighbours."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Format:
     """The benchmark's own figures in percent, unless the name says otherwise, for these questions."""
     hub: HubSource
     max_new_tokens: int = 16
+    texts: str | None = None
+    """Pattern of further files below ``data.images`` that questions are read from."""
 
 
 def asked(text: str, spec: DataSpec, official: str) -> str:
@@ -180,6 +184,22 @@ def image_at(folder: Path, name: str, where: str) -> Path:
     if not there:
         raise InfopruneError(f"{path}: no such image, which {where} asks about; set data.images to where it is")
     return path
+
+
+def only_image(found: Sequence[Path], folder: Path, name: str, where: str) -> Path:
+    """The one file that may be meant by a name without its ending.
+
+    Raises:
+        InfopruneError: there is none, or more than one.
+    """
+    if not found:
+        raise InfopruneError(f"{folder}: no image {name}, which {where} asks about; copy the folder again")
+    if len(found) > 1:
+        raise InfopruneError(
+            f"{folder}: {found[0].relative_to(folder)} and {found[1].relative_to(folder)} are both image {name}, which "
+            f"{where} asks about; keep one of the two"
+        )
+    return found[0]
 
 
 def grouped(pairs: Iterable[tuple[ImageSource, Question]]) -> list[Sample]:

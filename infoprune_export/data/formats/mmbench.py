@@ -132,7 +132,7 @@ def _format(name: str, official: str, config: str) -> Format:
         read=partial(read, official=official),
         score=score,
         figures=figures,
-        hub=HubSource("dev", partial(_from_row, official=official), config),
+        hub=HubSource("dev", partial(_from_row, official=official), config, scattered=True),
     )
 
 

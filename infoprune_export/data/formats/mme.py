@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from infoprune_export.data.formats.base import SHORT_ANSWER, Format, HubSource, Scores, asked, each
+from infoprune_export.data.formats.base import SHORT_ANSWER, Format, HubSource, Scores, asked, each, only_image
 from infoprune_export.data.metrics.yes_no import COGNITION, PERCEPTION, mme_answer, mme_figures
 from infoprune_export.data.samples import IMAGE_SUFFIXES, Question, Sample
 from infoprune_export.errors import InfopruneError
@@ -34,12 +34,14 @@ def read(spec: DataSpec) -> list[Sample]:
 def _subtask(folder: Path, spec: DataSpec) -> list[Sample]:
     texts = folder / _TEXTS if (folder / _TEXTS).is_dir() else folder
     images = folder / "images" if (folder / "images").is_dir() else folder
-    by_stem = {path.stem: path for path in sorted(images.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES}
+    by_stem: dict[str, list[Path]] = {}
+    for path in sorted(images.iterdir()):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            by_stem.setdefault(path.stem, []).append(path)
     samples = []
     for path in sorted(texts.glob("*.txt")):
-        if path.stem not in by_stem:
-            raise InfopruneError(f"{images}: no image {path.stem}, which {path} asks about; copy the folder again")
-        samples.append(Sample(by_stem[path.stem], tuple(_questions(path, folder.name, by_stem[path.stem].name, spec))))
+        image = only_image(by_stem.get(path.stem, ()), images, path.stem, str(path))
+        samples.append(Sample(image, tuple(_questions(path, folder.name, image.name, spec))))
     if not samples:
         raise InfopruneError(f"{texts}: no question (*.txt) in it; copy the folder again")
     return samples
@@ -94,4 +96,5 @@ MME = Format(
     score=each(lambda question, text: float(mme_answer(text) == question.answers[0].lower())),
     figures=figures,
     hub=HubSource("test", _from_row),
+    texts="*.txt",
 )

@@ -21,6 +21,7 @@ from infoprune_export.data.formats.base import (
     asked,
     each,
     entries_of,
+    only_image,
     overall,
     read_json,
 )
@@ -61,12 +62,13 @@ def read_vqa(images: Path, questions: Path, annotations: Path, spec: DataSpec | 
         seen.add(question_id)
         if number not in files:
             raise InfopruneError(f"{images}: no image file ends in number {number}, which {questions.name} asks about")
+        only_image(files[number], images, str(number), questions.name)
         if question_id not in answered:
             raise InfopruneError(f"{annotations}: no annotation for question {question_id}")
         answers, kind = answered[question_id]
         text = asked(str(entry["question"]), spec, SHORT_ANSWER)
         by_image.setdefault(number, []).append(Question(text, answers, kind, str(question_id)))
-    return [Sample(files[number], tuple(about)) for number, about in sorted(by_image.items())]
+    return [Sample(files[number][0], tuple(about)) for number, about in sorted(by_image.items())]
 
 
 def _entries(path: Path, key: str, required: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -80,11 +82,11 @@ def _entries(path: Path, key: str, required: Sequence[str]) -> Iterator[dict[str
         yield entry
 
 
-def _numbered_images(folder: Path) -> dict[int, Path]:
-    numbered = {}
+def _numbered_images(folder: Path) -> dict[int, list[Path]]:
+    numbered: dict[int, list[Path]] = {}
     for path in image_files(folder):
         if match := re.search(r"(\d+)$", path.stem):
-            numbered[int(match.group(1))] = path
+            numbered.setdefault(int(match.group(1)), []).append(path)
     return numbered
 
 
