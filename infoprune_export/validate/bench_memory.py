@@ -66,7 +66,7 @@ def _measure(prepare: Prepare, arguments: tuple[Any, ...], name: str | None, sid
     weights = opened - before
     if peer is not None and peer.weights is not None and not on_gpu:
         weights = peer.weights(case, side)
-        running.call()  # (PyTorch may compile)
+        running.call()  # (which may compile)
         opened = _resident()
     running.call()
     most = held_on_gpu() if on_gpu else peak()

@@ -39,7 +39,8 @@ class Peer:
     prepare: Callable[[BenchCase, Side], Start]
     """Exports or loads a side, once; what is returned puts the images of a batch size in place."""
     weights: Callable[[BenchCase, Side], int] | None = None
-    """Bytes of the weights it runs with, where they are those that were loaded before; else they are measured."""
+    """Bytes of the weights it runs with, where a process's growth would not tell them, as those that were loaded before
+    or what preparing leaves behind; else they are measured."""
     load: Callable[[BenchCase], None] = lambda case: None
     """Loads what runs encoders, whose own memory is no encoder's."""
     own_limits: bool = True

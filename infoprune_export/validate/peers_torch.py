@@ -62,9 +62,10 @@ def _compile(case: BenchCase, side: Side) -> Start:
     return start
 
 
-def _weights(case: BenchCase, side: Side) -> int:
+def vision_weights(case: BenchCase, side: Side) -> int:
+    """Bytes of a side's weights; see `Peer.weights`."""
     return case.vision_bytes(side)
 
 
-EAGER = Peer("torch", SIDES, _never_missing, _eager, _weights)
-COMPILE = Peer("torch", SIDES, _never_missing, _compile, _weights)
+EAGER = Peer("torch", SIDES, _never_missing, _eager, vision_weights)
+COMPILE = Peer("torch", SIDES, _never_missing, _compile, vision_weights)

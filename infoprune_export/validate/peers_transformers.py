@@ -13,7 +13,7 @@ from infoprune_export.models.qwen import QwenTower
 from infoprune_export.validate.bench_case import BenchCase, Side
 from infoprune_export.validate.bench_running import module_running
 from infoprune_export.validate.peers import Peer, Start
-from infoprune_export.validate.peers_torch import own_features
+from infoprune_export.validate.peers_torch import own_features, vision_weights
 from infoprune_export.validate.sweep_peer import examine_peer, replace_modules
 
 
@@ -41,4 +41,5 @@ def _load(case: BenchCase) -> None:
     load_runtime(case.target)
 
 
-TRANSFORMERS = Peer("transformers", ("original",), _missing, _prepare, load=_load)
+# Exporting leaves a hundred megabytes behind that no call needs.
+TRANSFORMERS = Peer("transformers", ("original",), _missing, _prepare, vision_weights, load=_load)
