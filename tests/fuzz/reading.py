@@ -105,7 +105,7 @@ def _hub(folder: Path) -> tuple[Sequence[bytes], Read]:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             known = format_of(spec.format or "")
             pairs = list(hub._pairs(rows, {}, known.hub.convert, spec))
-            samples = hub._enough(iter(pairs), spec, Path(scratch), lambda rows: None)
+            samples = hub._enough(iter(pairs), spec, Path(scratch), lambda rows: None, scattered=known.hub.scattered)
             json.dumps(samples, ensure_ascii=False).encode()
             if questions := [question for _, _, question in pairs]:
                 answers = [question.answers[0] for question in questions]

@@ -361,7 +361,7 @@ def test_both_sides_are_opened_first_equally_often(case, monkeypatch):
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 def test_memory_is_what_a_side_holds_and_what_a_call_takes(case, monkeypatch):
     def prepare(case, side):
-        held = np.ones(32 * MIB, np.uint8)
+        held = np.ones(128 * MIB, np.uint8)
 
         def start(load):
             return Running(lambda: (held.sum(), np.ones(64 * MIB, np.uint8).sum()), list)
@@ -371,7 +371,8 @@ def test_memory_is_what_a_side_holds_and_what_a_call_takes(case, monkeypatch):
     greedy = Peer("torch", ("original",), lambda case: None, prepare)
     monkeypatch.setattr(bench_memory, "peer_of", lambda name: greedy)
     found = bench_memory._measure(lambda: case, (), "greedy", "original", 1)
-    assert 30 * MIB < found["weights_bytes"] < 40 * MIB
+    # The process itself may let go of a few meanwhile.
+    assert 120 * MIB < found["weights_bytes"] < 136 * MIB
     assert 60 * MIB < found["call_bytes"] < 75 * MIB
     known = dataclasses.replace(greedy, weights=lambda case, side: 5)
     monkeypatch.setattr(bench_memory, "peer_of", lambda name: known)
