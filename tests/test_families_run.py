@@ -45,12 +45,10 @@ def test_a_run_on_images_of_mixed_sizes_ends_with_pass(folder):
     assert (folder / "report" / "report.html").stat().st_size > 50_000
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("setting", "error", "cosine"),
-    [
-        pytest.param("export.precision=fp16", 3e-2, 0.9995, marks=pytest.mark.exhaustive),
-        ("export.quantization=int8", 0.5, 0.99),
-    ],
+    [("export.precision=fp16", 3e-2, 0.9995), ("export.quantization=int8", 0.5, 0.99)],
 )
 def test_lower_precisions_pass_within_their_own_limits(folder, setting, error, cosine):
     """What exporting changes is a step of its own, in front of what rounding does; and nothing is broken."""

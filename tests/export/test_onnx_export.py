@@ -109,7 +109,7 @@ def unequal(family, made, images):
 # ── Every family ──
 
 
-@pytest.mark.parametrize("family", [rare(family, "llava-siglip", "qwen3-vl") for family in FAMILIES])
+@pytest.mark.parametrize("family", [rare(family, "llava-siglip", "qwen2-vl", "qwen3-vl") for family in FAMILIES])
 def test_all_tokens_equal_pytorch_for_several_images(exported, family):
     path, made = exported(family), tower(family)
     assert_equal(path, made, None, None, inputs_of(family, made))
@@ -118,7 +118,7 @@ def test_all_tokens_equal_pytorch_for_several_images(exported, family):
         assert_equal(path, made, None, None, video)
 
 
-@pytest.mark.parametrize("family", [rare(family, "llava-siglip", "qwen3-vl") for family in FAMILIES])
+@pytest.mark.parametrize("family", [rare(family, "llava-siglip", "qwen2-vl", "qwen3-vl") for family in FAMILIES])
 def test_selected_tokens_equal_pytorch(exported, family):
     """Some towers pruned: no heads, fewer heads, fewer neurons, a linear FFN. Two images, then one.
 

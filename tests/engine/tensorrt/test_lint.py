@@ -160,6 +160,7 @@ def test_a_profile_for_another_graph_is_refused(tmp_path, shapes, words):
         lint(written(tmp_path, SHARE), target_of("h200"), Profile(shapes))
 
 
+@pytest.mark.exhaustive
 def test_a_large_pool_needs_a_plugin(tmp_path_factory):
     """Inherent to TokenSelect's body: it sorts all candidates. The plugin's node takes its place."""
     path = exported(tmp_path_factory, "qwen2.5-vl", True, "fp16", True)
