@@ -6,6 +6,7 @@ import io
 import json
 
 import pytest
+from finished import small_llava
 from rich.console import Console
 
 from infoprune_export.artifacts import canonical_json
@@ -16,7 +17,7 @@ QUIET = lambda title, total: lambda count: None  # noqa: E731
 SMALL = (
     "data.calibration_images=8",
     "data.validation_questions=28",
-    "ffn.round_to=128",
+    "ffn.round_to=32",
     "recovery.method=distill",
     "recovery.epochs=1",
     "bench.rounds=3",
@@ -25,8 +26,10 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def result():
-    return front(load_recipe("quickstart", SMALL), [2.0], ["heads", "both"], QUIET)
+def result(tmp_path_factory):
+    small_llava(model := tmp_path_factory.mktemp("model"))
+    recipe = load_recipe("quickstart", (*SMALL, f"model.name_or_path={model}"))
+    return front(recipe, [2.0], ["heads", "both"], QUIET)
 
 
 def test_rows_are_points_that_can_be_reached_and_refusals_of_the_others(result):
@@ -38,9 +41,9 @@ def test_rows_are_points_that_can_be_reached_and_refusals_of_the_others(result):
 def test_a_point_is_what_was_asked_for(result):
     row = result["rows"][0]
     assert row["predicted"] >= 2.0
-    assert sum(row["heads"]) < 40
-    assert sum(row["widths"]) < 5 * 512
-    assert all(width % 128 == 0 for width in row["widths"])
+    assert sum(row["heads"]) < 2 * 8
+    assert sum(row["widths"]) < 2 * 128
+    assert all(width % 32 == 0 for width in row["widths"])
     assert 0 < row["speed_up"]["low"] <= row["speed_up"]["median"] <= row["speed_up"]["high"]
 
 
