@@ -86,7 +86,7 @@ def in_rounds(
     on_round: Callable[[int], None] = lambda index: None,
     clock: Clock = wall_clock,
 ) -> dict[str, Floats]:
-    """`interleaved` of what is opened anew for every block."""
+    """Milliseconds of `names` in every round, [rounds] each, of what `open_calls` opens anew for every block."""
     times: dict[str, list[float]] = {name: [] for name in names}
     for index, taken in islice(_rounds(names, open_calls, warmup, clock), warmup + rounds):
         if index >= 0:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-import pickle
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,8 @@ def embedded(path: Path, text: bytes) -> EmbeddedImage:
 def test_an_embedded_image_opens_as_its_file_does_also_in_another_process(tmp_path: Path):
     save_image(tmp_path / "a.png")
     image = embedded(tmp_path / "t.tsv", base64.b64encode((tmp_path / "a.png").read_bytes()))
-    opened = open_image(pickle.loads(pickle.dumps(image)))
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        opened = pool.submit(open_image, image).result()
     assert opened.tobytes() == open_image(tmp_path / "a.png").tobytes()
     assert (image.name, file_of(image), file_of(tmp_path / "a.png")) == (
         "row 3",
