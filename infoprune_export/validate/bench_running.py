@@ -136,8 +136,8 @@ class Sessions:
     def open(self, order: Sequence[str]) -> None:
         """All that run on a CPU anew, in this order of their names, once those of before are closed.
 
-        What is open on a GPU stays: TensorRT builds its engine when a session is opened, and the driver hands out
-        memory by whole pages.
+        What is open on a GPU stays, as opening may build a TensorRT engine; whether memory's luck matters there has not
+        been measured.
         """
         self._opened = {name: session for name, session in self._opened.items() if self._graphs[name].device != "cpu"}
         for name in order:

@@ -1,10 +1,8 @@
-"""The bench: what is in its rows, peers that are right, wrong or missing, memory, and the graph against itself."""
+"""The bench: what is in its rows, sessions that are opened anew, the graph against itself, and the command."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
-import os
 import weakref
 from pathlib import Path
 from typing import get_args
@@ -12,85 +10,26 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from bench_cases import Lines, constant, planted, printed, small_case, with_spec
 from click.testing import CliRunner
-from families import build
-from finished import finished
 from pydantic import TypeAdapter
-from rich.console import Console
 
 from infoprune_export import console
 from infoprune_export.cli import bench_commands, main
 from infoprune_export.errors import InfopruneError
 from infoprune_export.measure.latency import wall_clock
 from infoprune_export.measure.results import BenchResult, SelfResult
-from infoprune_export.models import tower_of
-from infoprune_export.recipe import TokensSpec, load_recipe, read_recipe
-from infoprune_export.recipe.delivery import BenchSpec, PeerName
-from infoprune_export.tokens.encoder import FEATURES
-from infoprune_export.validate import bench_memory, bench_running, peers, peers_openvino
+from infoprune_export.recipe import load_recipe
+from infoprune_export.recipe.delivery import PeerName
+from infoprune_export.validate import bench_running, peers
 from infoprune_export.validate.bench import bench, bench_self
-from infoprune_export.validate.bench_case import BenchCase, case_of, case_of_run, check, reference_features
-from infoprune_export.validate.bench_running import Running, device_of, session_running
-from infoprune_export.validate.peers import Peer, contenders, peer_of
-
-MIB = 2**20
-
-
-class Lines:
-    """Progress lines: total and how far they came."""
-
-    def __init__(self) -> None:
-        self.lines: dict[str, list[int]] = {}
-
-    def __call__(self, title: str, total: int):
-        self.lines[title] = [total, 0]
-
-        def advance(amount: int) -> None:
-            self.lines[title][1] += amount
-            assert amount > 0
-
-        return advance
+from infoprune_export.validate.bench_case import BenchCase, reference_features
+from infoprune_export.validate.bench_running import Running, session_running
 
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory) -> BenchCase:
-    """Two blocks of a Qwen2.5-VL that selects tokens, exported for one image a call."""
-    folder = finished(tmp_path_factory)
-    made = case_of_run(read_recipe(folder / "recipe.json"), folder / "onnx", folder / "checkpoint")
-    return with_spec(made)
-
-
-def with_spec(case: BenchCase, **settings) -> BenchCase:
-    spec = BenchSpec(**{"batch_sizes": (2,), "rounds": 3, "max_rounds": 3, "warmup": 0, **settings})
-    return dataclasses.replace(case, spec=spec)
-
-
-def tower_case(family: str, **tokens) -> BenchCase:
-    """Towers that were not exported."""
-    recipe = load_recipe("quickstart", ["bench.batch_sizes=[2]"])
-    towers = {side: tower_of(build(family, 4)) for side in ("original", "compressed")}
-    return case_of(recipe, Path("nowhere"), towers, TokensSpec(**tokens), None)
-
-
-def constant(features, seconds: float = 0.0) -> Peer:
-    """A peer that returns what it is told to."""
-
-    def prepare(case, side):
-        def start(load):
-            outputs = [{FEATURES: np.asarray(features(case, load), np.float32)}]
-            return Running(lambda: None, lambda: outputs)
-
-        return start
-
-    return Peer("torch", ("original",), lambda case: None, prepare)
-
-
-def planted(monkeypatch, **made: Peer) -> None:
-    monkeypatch.setattr(peers, "PEERS", dict.fromkeys(made, "planted:peer"))
-    monkeypatch.setattr(peers, "peer_of", lambda name: made[name])
-
-
-# ── Rows ─────────────────────────────────────────────────────────────────────
+    return small_case(tmp_path_factory)
 
 
 def test_rows_hold_both_sides_and_peers_and_have_the_published_shape(case, monkeypatch):
@@ -153,70 +92,10 @@ def test_rows_hold_both_sides_and_peers_and_have_the_published_shape(case, monke
     assert "75% only" in text or "50% only" in text or "0% only" in text
 
 
-def printed(show, result) -> str:
-    page = io.StringIO()
-    original = console.wide_console
-    console.wide_console = lambda: Console(file=page, width=220)
-    try:
-        show(result)
-    finally:
-        console.wide_console = original
-    return page.getvalue()
-
-
 def test_ends_that_rounds_do_not_bound_are_shown_as_unknown():
     times = {"p50": 2.0, "p99": 3.0, "intervals": {"p50": {"low": 1.5, "high": 2.5}, "p99": {"low": 2.8, "high": None}}}
     assert console.percentile_text(times, "p50") == "2.00 (1.50-2.50)"
     assert console.percentile_text(times, "p99") == "3.00 (2.80-?)"
-
-
-# ── Peers ────────────────────────────────────────────────────────────────────
-
-
-def test_peers_are_the_ones_that_recipes_and_the_command_know():
-    assert tuple(peers.PEERS) == get_args(PeerName) == bench_commands._PEERS
-    for name in peers.PEERS:
-        assert isinstance(peer_of(name), Peer)
-    with pytest.raises(InfopruneError, match="there are: eager"):
-        peer_of("nothing")
-
-
-@pytest.mark.parametrize(
-    ("family", "tokens", "names"),
-    [
-        ("llava", {"prior": "cls"}, ["eager"]),
-        pytest.param("qwen3-vl", {"method": "none"}, ["eager", "compile"], marks=pytest.mark.exhaustive),
-    ],
-)
-def test_pytorch_compiled_or_not_computes_what_it_is_compared_with(monkeypatch, family, tokens, names):
-    """Through torch.compile's own tracing, without the minute its code generator takes on a CPU."""
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda module, **options: compile_(module, backend="aot_eager", **options))
-    case = tower_case(family, **tokens)
-    load = case.load(2)
-    found = contenders(case, names, lambda amount: None)
-    assert [one.title for one in found] == [title for name in names for title in (name, f"{name}, compressed")]
-    for one in found:
-        started = one.on(
-            load, lambda one, ran: check(case, one.side, load, ran, one.limits, lambda: reference_features(case, load))
-        )
-        assert started is not None, one.reason
-        running, parity, seconds = started
-        assert parity["passed"], (one.title, parity)
-        assert seconds > 0
-
-
-def test_compiled_code_of_one_side_is_not_thrown_away_for_the_other(monkeypatch):
-    """Or the first counted round would compile it again."""
-    resets = []
-    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
-    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
-    case = tower_case("llava")
-    found = contenders(case, ["compile"], lambda amount: None)
-    for size, expected in ((1, 1), (2, 2)):
-        for one in found:
-            one.start(case.load(size))
-        assert len(resets) == expected
 
 
 def test_what_is_measured_is_part_of_the_stages_key(tmp_path):
@@ -234,53 +113,6 @@ def test_what_is_measured_is_part_of_the_stages_key(tmp_path):
     assert key(mine) != before
     assert key() != key("validate.onnx_tolerance=0.5"), "what outputs are held to"
     assert key() == key("validate.max_accuracy_drop=1")
-
-
-def test_a_peers_copy_has_no_language_model_and_changes_nothing():
-    case = tower_case("qwen2.5-vl")
-    model = case.towers["original"].model
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    placed = dataclasses.replace(case, dtype=torch.float16).placed("original").model
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name])
-        assert value.dtype == torch.float32
-    own = sum(p.numel() for name, p in model.named_parameters() if "visual" in name)
-    assert case.vision_bytes("original") == 4 * own
-    assert sum(p.numel() for p in placed.parameters()) == own
-    assert {p.dtype for p in placed.parameters()} == {torch.float16}
-
-
-def test_openvino_that_is_not_installed_or_not_meant_says_so(monkeypatch):
-    case = tower_case("llava")
-    monkeypatch.setattr(peers_openvino, "find_spec", lambda name: None)
-    assert "pip install openvino" in peer_of("openvino").missing(case)
-    monkeypatch.setattr(peers_openvino, "find_spec", lambda name: True)
-    on_gpu = case.target.model_copy(update={"name": "a-gpu", "providers": ("CUDAExecutionProvider",)})
-    assert device_of(on_gpu) == "cuda"
-    assert "a-gpu" in peer_of("openvino").missing(dataclasses.replace(case, target=on_gpu))
-
-
-def test_openvino_computes_what_pytorch_does(case):
-    pytest.importorskip("openvino")
-    load = case.load(1)
-    one = contenders(case, ["openvino"], lambda amount: None)[0]
-    started = one.on(
-        load, lambda one, ran: check(case, one.side, load, ran, one.limits, lambda: reference_features(case, load))
-    )
-    assert started is not None, one.reason
-    assert started[1]["passed"]
-
-
-@pytest.mark.exhaustive
-def test_transformers_exports_what_pytorch_computes():
-    case = tower_case("llava")
-    load = case.load(2)
-    (one,) = contenders(case, ["transformers"], lambda amount: None)
-    started = one.on(
-        load, lambda one, ran: check(case, one.side, load, ran, one.limits, lambda: reference_features(case, load))
-    )
-    assert started is not None, one.reason
-    assert started[1]["passed"]
 
 
 # ── Against itself ───────────────────────────────────────────────────────────
@@ -353,95 +185,6 @@ def test_both_sides_are_opened_first_equally_often(case, monkeypatch):
     assert len(opened) == 10
     assert pairs[0] == pairs[1][::-1]
     assert pairs[2] == pairs[3][::-1]
-
-
-# ── Memory ───────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
-def test_memory_is_what_a_side_holds_and_what_a_call_takes(case, monkeypatch):
-    def prepare(case, side):
-        held = np.ones(128 * MIB, np.uint8)
-
-        def start(load):
-            return Running(lambda: (held.sum(), np.ones(64 * MIB, np.uint8).sum()), list)
-
-        return start
-
-    greedy = Peer("torch", ("original",), lambda case: None, prepare)
-    monkeypatch.setattr(bench_memory, "peer_of", lambda name: greedy)
-    found = bench_memory._measure(lambda: case, (), "greedy", "original", 1)
-    # The process itself may let go of a few meanwhile.
-    assert 120 * MIB < found["weights_bytes"] < 136 * MIB
-    assert 60 * MIB < found["call_bytes"] < 75 * MIB
-    known = dataclasses.replace(greedy, weights=lambda case, side: 5)
-    monkeypatch.setattr(bench_memory, "peer_of", lambda name: known)
-    assert bench_memory._measure(lambda: case, (), "greedy", "original", 1)["weights_bytes"] == 5
-
-
-def test_memory_is_asked_for_every_side_that_was_timed(case, monkeypatch):
-    from infoprune_export.validate import bench as module
-
-    planted(
-        monkeypatch,
-        right=constant(reference_features),
-        absent=dataclasses.replace(constant(reference_features), missing=lambda case: "no"),
-    )
-    asked = []
-
-    def memory_of(prepare, arguments, peer, side, size):
-        asked.append((prepare, arguments, peer, side, size))
-        return {"weights_bytes": len(asked) * MIB, "call_bytes": 0}
-
-    monkeypatch.setattr(module, "memory_of", memory_of)
-    track = Lines()
-    spec = case.spec.model_copy(update={"against": ("right", "absent"), "memory": True})
-    result = bench("prepare", ("arguments",), track, dataclasses.replace(case, spec=spec))
-    expected = [(None, "original"), (None, "compressed"), ("right", "original")]
-    assert asked == [("prepare", ("arguments",), *one, 2) for one in expected]
-    assert list(result["rows"][0]["memory"]) == ["original", "compressed", "right"]
-    assert track.lines["peak memory"] == [3, 3]
-    assert "3.0" in printed(console.print_bench, result)
-
-
-def test_the_runtime_itself_is_not_counted(case, monkeypatch):
-    held = []
-
-    def prepare(case, side):
-        held.append(np.ones(4 * MIB, np.uint8))
-        return lambda load: Running(lambda: None, list)
-
-    large = Peer("torch", ("original",), lambda case: None, prepare, load=lambda case: held.append(np.ones(64 * MIB)))
-    monkeypatch.setattr(bench_memory, "peer_of", lambda name: large)
-    assert bench_memory._measure(lambda: case, (), "large", "original", 1)["weights_bytes"] < 8 * MIB
-    loaded = []
-    monkeypatch.setattr(bench_memory, "load_runtime", lambda target: loaded.append(target.name))
-    bench_memory._measure(lambda: case, (), None, "original", 1)
-    assert loaded == ["onnxruntime-cpu"]
-
-
-def test_what_compiling_takes_is_not_what_a_call_takes(case, monkeypatch):
-    def prepare(case, side):
-        calls = []
-
-        def call():
-            calls.append(1)
-            np.ones((64 if len(calls) == 1 else 8) * MIB, np.uint8).sum()
-
-        return lambda load: Running(call, list)
-
-    compiled = Peer("torch", ("original",), lambda case: None, prepare, weights=lambda case, side: 5)
-    monkeypatch.setattr(bench_memory, "peer_of", lambda name: compiled)
-    assert bench_memory._measure(lambda: case, (), "compiled", "original", 1)["call_bytes"] < 20 * MIB
-
-
-def test_memory_that_cannot_be_measured_is_refused_before_anything_is_timed(case, monkeypatch, tmp_path):
-    monkeypatch.setattr("infoprune_export.measure.memory._CLEAR_REFS", tmp_path / "nothing" / "clear_refs")
-    track = Lines()
-    spec = case.spec.model_copy(update={"memory": True})
-    with pytest.raises(InfopruneError, match=r"--set bench\.memory=false"):
-        bench("prepare", (), track, dataclasses.replace(case, spec=spec))
-    assert track.lines == {}
 
 
 # ── Command ──────────────────────────────────────────────────────────────────
